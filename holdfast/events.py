@@ -1,0 +1,179 @@
+"""What happens in a run, as typed records. Console, ``events.jsonl`` and trackers are sinks of one stream."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+__all__ = [
+    "CheckpointRejected",
+    "CheckpointWritten",
+    "EpochStarted",
+    "Event",
+    "EventSink",
+    "Evaluated",
+    "FaultDetected",
+    "Generated",
+    "MemoryEvents",
+    "Protection",
+    "RecoveryDone",
+    "RecoveryPlanned",
+    "RunEnded",
+    "RunStarted",
+    "StopRequested",
+    "Waiting",
+    "kind_of",
+    "to_record",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    run_id: str
+    attempt: int
+    world: int
+    resume: str
+    """Where the state came from, or why the run starts fresh."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting(Event):
+    """The run cannot go on yet; ``what`` says for what."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStarted(Event):
+    epoch: int
+    world: int
+    version: int
+    """Snapshot version all ranks start from; -1 means a fresh model."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultDetected(Event):
+    number: int
+    """Ordinal of the fault in this run, from 1."""
+    ranks: tuple[int, ...]
+    node: int | None
+    pid: int | None
+    cause: str
+    phase: str
+    last_step: int
+    detected_after_s: float
+    """Seconds since the last sign of life of the first rank lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryPlanned(Event):
+    number: int
+    source: str
+    """Where the state comes from: keeper memory, disk, fresh."""
+    version: int
+    reason: str
+    rejected: tuple[str, ...] = ()
+    """Better sources that were refused, each with its reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryDone(Event):
+    number: int
+    epoch: int
+    step: int
+    repaired_in_s: float
+    """Detection to the first step finished by all ranks."""
+    steps_lost: int
+    bytes_moved: int
+    failures: int
+    failures_allowed: int
+    split_s: dict[str, float]
+    """detect, regroup, restore, first_step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Protection(Event):
+    """What the run could lose and still recover from exactly."""
+
+    level: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWritten(Event):
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRejected(Event):
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated(Event):
+    step: int
+    bits_per_byte: float
+    windows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generated(Event):
+    step: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested(Event):
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded(Event):
+    outcome: str
+    """finished, stopped, failed."""
+    step: int
+    seconds: float
+    faults: int
+    steps_lost: int
+    exit_code: int
+    reason: str = ""
+
+
+class EventSink(Protocol):
+    """Receives every event in order, in the driver's thread. Must return quickly and never raise."""
+
+    def emit(self, event: Event) -> None: ...
+
+
+class MemoryEvents:
+    """Keeps events in a list, for tests and notebooks."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type[Event]) -> Sequence[Event]:
+        return [e for e in self.events if isinstance(e, kind)]
+
+
+def kind_of(event: Event) -> str:
+    """``FaultDetected`` -> ``fault_detected``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+
+
+def to_record(event: Event, *, time_s: float) -> dict[str, object]:
+    """One JSON line: wall-clock time, kind, then the fields."""
+    return {"time": time_s, "event": kind_of(event), **asdict(event)}

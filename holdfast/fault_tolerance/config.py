@@ -1,0 +1,55 @@
+"""Options of snapshots, recovery and injected faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["ChaosConfig", "RecoveryConfig", "SnapshotConfig"]
+
+
+@dataclass(kw_only=True, slots=True)
+class SnapshotConfig:
+    """In-memory snapshots in the keepers and durable checkpoints."""
+
+    every_steps: int = 1
+    """Optimizer steps between snapshots."""
+    buffers: int = 3
+    """Buffers per rank; 3 lets a new version fill while the last two wait for their fate."""
+    memory_limit_gb: float = 0.0
+    """Host memory one keeper may use, 10^9 bytes; 0 means half of what is free."""
+    persist_every_steps: int = 100
+    """Steps between durable checkpoints in the run directory; 0 writes one only when the run stops or ends."""
+    keep_last: int = 2
+    """Durable checkpoints kept; at least 2, so the last good one outlives a bad write."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RecoveryConfig:
+    """How faults are noticed and what they may cost."""
+
+    heartbeat_s: float = 0.2
+    """Seconds between a rank's heartbeats."""
+    suspect_after_s: float = 10.0
+    """A rank without a heartbeat for this long is declared frozen and killed."""
+    abort_after_s: float = 15.0
+    """A survivor that has not left its epoch after this long is replaced."""
+    start_timeout_s: float = 180.0
+    """A worker that is not ready after this long is replaced."""
+    step_timeout_s: float = 600.0
+    """Without a finished step for this long the slowest rank is replaced."""
+    max_failures: int = 10
+    """Faults the run survives; the next one ends it with exit code 1."""
+    max_no_progress: int = 3
+    """Recoveries in a row without a new step before the run gives up with exit code 93."""
+    stop_grace_s: float = 60.0
+    """Seconds a graceful stop may take before workers are killed."""
+    lease_s: float = 60.0
+    """A keeper that has not heard from a driver for this long ends and frees its memory."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ChaosConfig:
+    """Faults to inject on purpose; each one happens once."""
+
+    faults: list[str] = field(default_factory=list)
+    """Entries ``ACTION rank=R step=S [at=FAILPOINT]``, for example ``sigkill rank=1 step=150``."""

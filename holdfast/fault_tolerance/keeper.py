@@ -1,0 +1,262 @@
+"""The keeper of one node: owns the memory of its ranks, outlives their workers, and tells the driver what it sees.
+
+Runs in a process of its own that never imports torch. Arguments and results are JSON values; integer keys
+of mappings may arrive as strings. Every method may be called from any thread, and repeated when an answer was lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Protocol
+
+import numpy as np
+
+from holdfast.clock import Clock
+from holdfast.errors import InvariantViolation, ManifestMismatch, SnapshotError
+from holdfast.fault_tolerance.arena import Arena
+from holdfast.fault_tolerance.buffer import BufferState
+from holdfast.fault_tolerance.checkpoint import read_rank, write_rank
+from holdfast.fault_tolerance.manifest import Manifest, damaged_slices, digest
+from holdfast.fault_tolerance.rotation import choose_target
+from holdfast.fault_tolerance.storage import open_storage
+from holdfast.fault_tolerance.versions import Held, find_version, held_versions
+
+__all__ = ["Keeper", "KeeperApi"]
+
+logger = logging.getLogger(__name__)
+
+Json = dict[str, object]
+
+
+class KeeperApi(Protocol):
+    """What the driver asks a keeper for. Calls may block as long as the storage does, ``pulse`` never."""
+
+    def admit(self, rank: int) -> Json:
+        """The rank's memory as the fields of an ``ArenaRef``, made when it is asked for first."""
+        ...
+
+    def pulse(self, since: Mapping[int, int]) -> Json:
+        """Renew the lease. Signs of life, versions and, from number ``since[rank]`` on, step reports of every rank."""
+        ...
+
+    def inventory(self) -> dict[int, list[Json]]:
+        """Complete versions with an intact manifest by rank, newest first."""
+        ...
+
+    def verify(self, rank: int, version: int) -> list[str]:
+        """Names of the slices whose bytes do not match their digests."""
+        ...
+
+    def fence(self, epoch: int) -> None:
+        """No worker of an earlier epoch may publish or commit from now on."""
+        ...
+
+    def forget_above(self, version: int) -> None:
+        """Between epochs: drop later versions and whatever is half written."""
+        ...
+
+    def quarantine(self, rank: int, version: int) -> None:
+        """Between epochs: the copy is damaged and must not be offered again."""
+        ...
+
+    def persist(self, rank: int, version: int, uri: str, directory: str) -> Json:
+        """Write a version to storage, every digest verified; the receipt for ``checkpoint.commit``."""
+        ...
+
+    def load(self, rank: int, uri: str, directory: str) -> int:
+        """Between epochs: bring a rank's part of a checkpoint into its memory, every digest verified; its version."""
+        ...
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL for a process of this node; nothing happens if there is none."""
+        ...
+
+
+class Keeper:
+    """See :class:`KeeperApi`. ``limit_bytes`` is shared equally by the ranks that are admitted before they reserve.
+
+    Raises: InsufficientShards for a version that is not held, ShardCorrupt for damaged bytes, SnapshotMemory when
+    the limit is too small, SnapshotError when the storage fails.
+    """
+
+    def __init__(
+        self, node: int, run_tag: str, *, limit_bytes: int, buffers: int, lease_s: float, clock: Clock
+    ) -> None:
+        self._node, self._run_tag, self._limit_bytes, self._buffers = node, run_tag, limit_bytes, buffers
+        self._lease_s, self._clock, self._heard_s = lease_s, clock, clock.now()
+        self._arenas: dict[int, Arena] = {}
+        self._fence_epoch = 0
+        self._lock = threading.RLock()
+
+    # -- the node -------------------------------------------------------------------------------------------------
+
+    def admit(self, rank: int) -> Json:
+        with self._lock:
+            if rank not in self._arenas:
+                arena = Arena.create(rank, self._run_tag, 0, self._buffers)
+                arena.board.fence(self._fence_epoch)
+                self._arenas = {**self._arenas, rank: arena}  # replaced, never changed: other threads iterate
+                self._share_memory()
+            return asdict(self._arenas[rank].ref)
+
+    def pulse(self, since: Mapping[int, int]) -> Json:
+        self._heard_s = self._clock.now()
+        wanted = {int(rank): number for rank, number in since.items()}
+        ranks = {rank: _seen(arena, wanted.get(rank, 0)) for rank, arena in self._arenas.items()}
+        return {"node": self._node, "pid": os.getpid(), "now": self._heard_s, "ranks": ranks}
+
+    def fence(self, epoch: int) -> None:
+        with self._lock:
+            self._fence_epoch = max(self._fence_epoch, epoch)
+            for arena in self._arenas.values():
+                arena.board.fence(epoch)
+
+    def kill(self, pid: int) -> None:
+        if pid <= 1 or pid == os.getpid():  # 0 and negative numbers mean whole groups of processes
+            raise InvariantViolation(f"keeper of node {self._node} is asked to kill pid {pid}")
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            logger.info("pid %d was gone already", pid)
+
+    def expired(self, now: float) -> bool:
+        """No driver has asked for anything for longer than the lease."""
+        return now - self._heard_s > self._lease_s
+
+    def close(self) -> None:
+        """Free all memory that no worker has mapped."""
+        with self._lock:
+            arenas, self._arenas = self._arenas, {}
+            for arena in arenas.values():
+                arena.close()
+
+    # -- versions -------------------------------------------------------------------------------------------------
+
+    def inventory(self) -> dict[int, list[Json]]:
+        return {rank: [_offered(held) for held in held_versions(arena)] for rank, arena in self._arenas.items()}
+
+    def verify(self, rank: int, version: int) -> list[str]:
+        with self._reading(rank, version) as held:
+            return [damage.name for damage in held.damage()]
+
+    def forget_above(self, version: int) -> None:
+        for arena in self._arenas.values():
+            for buffer in arena.buffers:
+                slot = buffer.describe()
+                if slot.version > version or slot.state is BufferState.FILLING:
+                    buffer.release()
+
+    def quarantine(self, rank: int, version: int) -> None:
+        for buffer in self._arena(rank).buffers:
+            if buffer.describe().version == version:
+                buffer.release()
+
+    # -- durable checkpoints --------------------------------------------------------------------------------------
+
+    def persist(self, rank: int, version: int, uri: str, directory: str) -> Json:
+        with self._reading(rank, version) as held:
+            for damage in held.damage():
+                raise damage
+            manifest = held.buffer.manifest(held.slot)
+            receipt = write_rank(open_storage(uri), directory, rank, data=[held.data.data], manifest=manifest)
+            if not held.is_unchanged():
+                raise SnapshotError(
+                    f"version {version} of rank {rank} was replaced while it was written to {directory}"
+                )
+            return receipt
+
+    def load(self, rank: int, uri: str, directory: str) -> int:
+        stored, data = read_rank(open_storage(uri), directory, rank)
+        manifest = Manifest.from_bytes(stored)
+        if manifest.rank != rank:
+            raise ManifestMismatch(f"{directory} holds the state of rank {manifest.rank} under the name of rank {rank}")
+        for damage in damaged_slices(data, manifest):
+            raise damage
+        with self._lock:
+            self._adopt(self._arena(rank), manifest, stored, data)
+        return manifest.version
+
+    def _adopt(self, arena: Arena, manifest: Manifest, stored: bytes, data: bytes) -> None:
+        """Everything is verified: only now other copies of the version may go."""
+        self.quarantine(manifest.rank, manifest.version)
+        arena.reserve(len(data) + len(stored))
+        slots = arena.slots()
+        index = choose_target(slots)
+        if index is None:  # what is loaded will be the truth, so even the newest version in memory is history
+            unpinned = [i for i, slot in enumerate(slots) if not slot.is_pinned]
+            index = min(unpinned, key=lambda i: slots[i].version, default=None)
+        if index is None or not arena.buffer(index).claim(manifest.version, manifest.epoch):
+            raise SnapshotError(
+                f"version {manifest.version} of rank {manifest.rank}: every buffer is being read; again"
+            )
+        buffer = arena.buffer(index)
+        buffer.data[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+        buffer.publish(stored, digest(stored), data_bytes=len(data), state=BufferState.COMMITTED)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _arena(self, rank: int) -> Arena:
+        if rank not in self._arenas:
+            raise InvariantViolation(
+                f"rank {rank} is not admitted on node {self._node}, which has {list(self._arenas)}"
+            )
+        return self._arenas[rank]
+
+    def _share_memory(self) -> None:
+        """What is not reserved yet is divided among the ranks that have reserved nothing."""
+        boards = [arena.board for arena in self._arenas.values()]
+        reserved = sum(board.capacity * board.buffers for board in boards)
+        waiting = [board for board in boards if board.capacity == 0]
+        for board in waiting:
+            board.limit_bytes = max(self._limit_bytes - reserved, 0) // len(waiting)
+
+    @contextmanager
+    def _reading(self, rank: int, version: int) -> Iterator[Held]:
+        """The version, pinned: its worker fills another buffer meanwhile."""
+        held = find_version(self._arena(rank), version)
+        self._pin(held, +1)
+        try:
+            if not held.is_unchanged():  # the worker took the buffer between the two lines above
+                raise SnapshotError(f"version {version} of rank {rank} was replaced before it could be read")
+            yield held
+        finally:
+            self._pin(held, -1)
+
+    def _pin(self, held: Held, change: int) -> None:
+        with self._lock:
+            held.buffer.pin(change)
+
+
+def _seen(arena: Arena, since: int) -> Json:
+    reports, next_seq = arena.board.reports(since)
+    slots = [slot for slot in arena.slots() if slot.is_complete]
+    return {
+        "beat": {**asdict(beat := arena.board.read()), "phase": int(beat.phase)},
+        "reports": [asdict(report) for report in reports],
+        "next_seq": next_seq,
+        "versions": [
+            {
+                "version": slot.version,
+                "epoch": slot.epoch,
+                "state": slot.state.name,
+                "pinned": slot.is_pinned or slot.is_kept,
+            }
+            for slot in slots
+        ],
+    }
+
+
+def _offered(held: Held) -> Json:
+    return {
+        "version": held.slot.version,
+        "epoch": held.slot.epoch,
+        "state": held.slot.state.name,
+        "world": held.manifest.world,
+        "bytes": held.slot.data_bytes + held.slot.manifest_bytes,
+    }

@@ -1,0 +1,64 @@
+"""What the run could lose at this moment, and what it is waiting for: words for users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from holdfast.events import Protection
+from holdfast.fault_tolerance.membership import Crew, Keepers, Worker, WorkerState
+from holdfast.fault_tolerance.policy import name_ranks
+
+__all__ = ["DEGRADED", "FULL", "REDUCED", "ProtectionGauge", "missing_pieces"]
+
+FULL, REDUCED, DEGRADED = "full", "reduced", "degraded"
+"""All spares are warm; fewer are; the run is recovering."""
+
+
+class ProtectionGauge:
+    """Says when the level of protection changes, and nothing while it stays."""
+
+    def __init__(self, spares: int) -> None:
+        self._spares = spares
+        self._level, self._ready = FULL, spares
+
+    def degraded(self) -> list[Protection]:
+        """A recovery begins."""
+        if self._level == DEGRADED:
+            return []
+        self._level = DEGRADED
+        return [Protection(DEGRADED, "the run is recovering; another loss now is repaired together with this one")]
+
+    def measure(self, spares: Sequence[Worker], *, has_lost: bool) -> list[Protection]:
+        """Everybody trains. Spares of the first hour that are still warming up are no news."""
+        ready = sum(spare.state is WorkerState.IDLE for spare in spares)
+        if not has_lost:
+            return []
+        level = FULL if ready >= self._spares else REDUCED
+        if (level, ready) == (self._level, self._ready):
+            return []
+        self._level, self._ready = level, ready
+        return [Protection(level, self._reason(level, ready))]
+
+    def _reason(self, level: str, ready: int) -> str:
+        if level == FULL:
+            spares = f"{ready} warm spare(s) stand by" if self._spares else "without spares, as configured"
+            return f"any worker can be replaced from memory; {spares}"
+        return f"{ready} of {self._spares} spares are warm; the next replacement may have to start cold"
+
+
+def missing_pieces(crew: Crew, keepers: Keepers, *, loading: int | None) -> str:
+    """What a start or a recovery waits for."""
+    pieces = [
+        _of_ranks("a worker to start for", crew.in_state(WorkerState.STARTING)),
+        _of_ranks("the old epoch to be left by", crew.in_state(WorkerState.LEAVING)),
+        f"the keeper(s) of node(s) {', '.join(map(str, keepers.waiting))}" if keepers.waiting else "",
+    ]
+    text = " and ".join(piece for piece in pieces if piece)
+    if not text:
+        text = "the keepers' inventory" if loading is None else f"the checkpoint of step {loading} to be loaded"
+    return f"waiting for {text}"
+
+
+def _of_ranks(what: str, workers: Sequence[Worker]) -> str:
+    ranks = [worker.rank for worker in workers if worker.rank is not None]
+    return f"{what} {name_ranks(ranks)}" if ranks else ""

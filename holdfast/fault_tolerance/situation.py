@@ -1,0 +1,106 @@
+"""Everything the recovery machine knows, and the few moves that every part of it makes: announce, leave, end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from enum import Enum
+
+from holdfast.events import Event
+from holdfast.fault_tolerance import messages as m
+from holdfast.fault_tolerance.config import RecoveryConfig
+from holdfast.fault_tolerance.detector import Limits
+from holdfast.fault_tolerance.incidents import Ledger
+from holdfast.fault_tolerance.membership import Crew, Keepers, Layout, WorkerState
+from holdfast.fault_tolerance.progress import EpochWatch
+from holdfast.fault_tolerance.protection import ProtectionGauge
+from holdfast.fault_tolerance.sources import Sources
+
+__all__ = ["INTERRUPTED", "NOTHING_SAVED", "Situation", "Stage"]
+
+INTERRUPTED, NOTHING_SAVED = 75, 143
+"""Exit codes of a stop: with finished steps to resume from, and without."""
+
+
+class Stage(Enum):
+    """Where the machine is; see :mod:`holdfast.fault_tolerance.machine`."""
+
+    NEW = 0
+    GATHER = 1
+    INVENTORY = 2
+    LOAD = 3
+    RUN = 4
+    STOP = 5
+    OVER = 6
+
+
+class Situation:
+    """The machine's memory. Changed only by the modules of the machine, each within one call of ``handle``."""
+
+    def __init__(self, layout: Layout, recovery: RecoveryConfig, now: float) -> None:
+        self.layout, self.recovery = layout, recovery
+        self.limits = Limits(recovery.suspect_after_s, recovery.step_timeout_s)
+        self.crew = Crew(layout, recovery.start_timeout_s)
+        self.keepers = Keepers(layout.nodes, recovery.start_timeout_s)
+        self.ledger = Ledger(max_failures=recovery.max_failures, max_no_progress=recovery.max_no_progress)
+        self.sources = Sources(layout.world)
+        self.protection = ProtectionGauge(layout.spares)
+        self.stage = Stage.NEW
+        self.deadline_s = math.inf
+        """When the stage will have lasted too long."""
+        self.epoch = 0
+        self.watch: EpochWatch | None = None
+        """Of the epoch that runs, or ran last."""
+        self.beats: Mapping[int, m.BeatSeen] = {}
+        """The last signs of life told, by worker."""
+        self.loading = -1
+        """Step of the checkpoint that is being loaded."""
+        self.spares_lost = 0
+        self.stop_reason = ""
+        self.has_failed = False
+        self.looked_s = self.waiting_since_s = self.said_s = now
+        self._actions: list[m.Action] = []
+
+    # -- actions --------------------------------------------------------------------------------------------------
+
+    def act(self, *actions: m.Action) -> None:
+        self._actions += actions
+
+    def announce(self, *events: Event) -> None:
+        self._actions += [m.Announce(event) for event in events]
+
+    def announce_first(self, events: Iterable[Event]) -> None:
+        """A fault is told before anything is done about it."""
+        self._actions[:0] = [m.Announce(event) for event in events]
+
+    def take_actions(self) -> list[m.Action]:
+        actions, self._actions = self._actions, []
+        return actions
+
+    # -- moves ----------------------------------------------------------------------------------------------------
+
+    def leave_epoch(self, now: float) -> None:
+        """Nothing that belongs to the old epoch counts from here on; who is still in it must leave."""
+        self.epoch += 1
+        self.act(m.Fence(self.epoch))
+        for worker in self.crew.in_state(WorkerState.TRAINING):
+            worker.leave(now + self.recovery.abort_after_s, now)
+            self.act(m.AbortWorker(worker.worker, worker.epoch))
+
+    def stopped(self, reason: str, now: float) -> None:
+        """End as somebody asked. What memory holds is saved by the executor."""
+        code = INTERRUPTED if self.ledger.best_step > 0 else NOTHING_SAVED
+        self.end(m.Finish("stopped", code, reason), now)
+
+    def failed(self, exit_code: int, reason: str, now: float) -> None:
+        """Give up."""
+        self.has_failed = True
+        self.end(m.Finish("failed", exit_code, reason), now)
+
+    def end(self, finish: m.Finish, now: float) -> None:
+        """Whoever still trains must not write any more; then the executor has the last word."""
+        self.announce_first(self.ledger.news(now, at_once=True))
+        if self.crew.in_state(WorkerState.TRAINING):
+            self.leave_epoch(now)
+        self.act(finish)
+        self.stage = Stage.OVER

@@ -1,0 +1,247 @@
+"""Snapshots of one rank's training state: into a keeper's arena, or into this process for tests and single use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from holdfast import failpoints
+from holdfast.errors import Abort, InsufficientShards, InvariantViolation, ManifestMismatch
+from holdfast.fault_tolerance.arena import Arena
+from holdfast.fault_tolerance.buffer import Buffer, BufferState, Bytes
+from holdfast.fault_tolerance.capture import Plan, byte_view
+from holdfast.fault_tolerance.manifest import Manifest, damaged_slices, digest
+from holdfast.fault_tolerance.rotation import choose_target, superseded
+from holdfast.fault_tolerance.versions import copy_versions, find_version
+from holdfast.types import RankState
+
+__all__ = ["ArenaSnapshotter", "MemorySnapshotter", "Snapshotter", "copy_versions", "required_bytes"]
+
+logger = logging.getLogger(__name__)
+
+
+class Snapshotter(Protocol):
+    """Called in the training thread of one rank. Versions grow.
+
+    ``offer`` captures the state; False means that no buffer could be spared and the version was skipped, which is
+    no error. The live tensors may change only after ``fence``, which returns the seconds it waited. ``commit`` is
+    called when all ranks hold the version; older ones may go then. ``restore_into`` verifies every digest before it
+    writes the first byte of live state, and returns the scalars.
+
+    Raises: Abort once the rank's epoch is over; InsufficientShards, ShardCorrupt and ManifestMismatch from
+    ``restore_into``.
+    """
+
+    def offer(self, state: RankState, version: int) -> bool: ...
+
+    def fence(self) -> float: ...
+
+    def commit(self, version: int) -> None: ...
+
+    def restore_into(self, state: RankState, version: int) -> Mapping[str, object]: ...
+
+
+def required_bytes(state: RankState) -> int:
+    """Bytes that one buffer needs for snapshots of this state, manifest included, in whole pages."""
+    plan = Plan(state.slices)
+    manifest = Manifest(0, 0, 0, 0, state.scalars, plan.blank_entries())
+    return -(-(plan.data_bytes + len(manifest.to_bytes())) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class ArenaSnapshotter:
+    """See :class:`Snapshotter`. Copies into memory that outlives this process; one object per membership epoch.
+
+    Everything is copied before ``offer`` returns. A version becomes FILLED only after its data and its manifest are in
+    place and only while the epoch lasts. With ``persist_every`` every such version, once committed, keeps its buffer
+    until it is a durable checkpoint, a later one is due, or the buffer is needed.
+    """
+
+    def __init__(
+        self, arena: Arena, *, rank: int, world: int, epoch: int, config_digest: str = "", persist_every: int = 0
+    ) -> None:
+        self._arena, self._rank, self._world, self._epoch = arena, rank, world, epoch
+        self._config_digest, self._persist_every = config_digest, persist_every
+        self._plan = Plan(())
+        self.skipped = 0
+        """Versions that were not taken because no buffer could be spared."""
+
+    def offer(self, state: RankState, version: int) -> bool:
+        failpoints.hit("snapshot.before_capture", version)
+        self._check_fence()
+        self._make_plan(state)
+        buffer = self._claim(version)
+        if buffer is None:
+            self.skipped += 1
+            logger.warning("version %d is skipped: every buffer is still needed", version)
+            return False
+        try:
+            self._fill(buffer, state, version)
+        except BaseException:
+            if not self._is_fenced:  # otherwise the buffer may have a new owner already, who knows it for garbage
+                buffer.release()
+            raise
+        failpoints.hit("snapshot.after_capture", version)
+        return True
+
+    def fence(self) -> float:
+        self._check_fence()
+        return 0.0
+
+    def commit(self, version: int) -> None:
+        self._check_fence()
+        self._find(version).commit()
+        if self._persist_every and version and version % self._persist_every == 0:
+            self._keep(version)
+        for index in superseded(self._arena.slots(), version):
+            self._arena.buffer(index).release()
+        self._arena.board.note_committed(version)
+
+    def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
+        self._check_fence()
+        held = find_version(self._arena, version)
+        self._refuse_foreign(held.manifest)
+        _restore(held.data, held.manifest, state)
+        # Everybody starts from here. The version before stays, as another rank may find its copy damaged.
+        held.buffer.commit()
+        self._arena.board.note_committed(version)
+        return held.manifest.scalars
+
+    # -- offer ----------------------------------------------------------------------------------------------------
+
+    def _make_plan(self, state: RankState) -> None:
+        if not self._plan.fits(state):
+            self._plan = Plan(state.slices)
+        if self._plan.data_bytes > self._arena.board.capacity:
+            raise InvariantViolation(
+                f"the state of rank {self._rank} has {self._plan.data_bytes:,} bytes, its buffers have "
+                f"{self._arena.board.capacity:,}; reserve(required_bytes(state)) comes before the first offer"
+            )
+
+    def _claim(self, version: int) -> Buffer | None:
+        """A buffer that is FILLING from now on; None if every one is needed."""
+        self._drop_stale(version)
+        for _ in self._arena.buffers:
+            index = choose_target(self._arena.slots())
+            if index is None:
+                return None
+            buffer = self._arena.buffer(index)
+            if buffer.claim(version, self._epoch):  # otherwise the keeper was faster; it is pinned now
+                return buffer
+        return None
+
+    def _drop_stale(self, version: int) -> None:
+        """A writer that did not know yet that its epoch was over may have published a future that never came."""
+        for index, slot in enumerate(self._arena.slots()):
+            if slot.is_complete and slot.version >= version:
+                if slot.epoch == self._epoch:
+                    raise InvariantViolation(f"version {version} is offered after {slot.version}; versions grow")
+                self._arena.buffer(index).release()
+
+    def _fill(self, buffer: Buffer, state: RankState, version: int) -> None:
+        entries = self._plan.capture(buffer.data, self._check_fence, version=version)
+        manifest = Manifest(
+            version, self._epoch, self._rank, self._world, state.scalars, entries, self._config_digest
+        ).to_bytes()
+        self._check_fence()
+        buffer.publish(manifest, digest(manifest), data_bytes=self._plan.data_bytes, state=BufferState.FILLED)
+
+    # -- commit and restore ---------------------------------------------------------------------------------------
+
+    def _find(self, version: int) -> Buffer:
+        slots = list(enumerate(self._arena.slots()))
+        copies = [(slot.epoch, index) for index, slot in slots if slot.is_complete and slot.version == version]
+        if not copies:
+            have = sorted(slot.version for _, slot in slots if slot.is_complete)
+            raise InvariantViolation(f"rank {self._rank} is to commit version {version} but holds {have}")
+        return self._arena.buffer(max(copies)[1])
+
+    def _keep(self, version: int) -> None:
+        """Mark ``version`` for a durable checkpoint instead of the last one. While the keeper still reads, wait for
+        the next turn: ranks with a slow keeper and ranks with a fast one agree again then."""
+        if not any(slot.is_pinned for slot in self._arena.slots()):
+            for buffer in self._arena.buffers:
+                buffer.keep(False)
+            self._find(version).keep()
+
+    def _refuse_foreign(self, manifest: Manifest) -> None:
+        mine = {"rank": self._rank, "world": self._world, "config_digest": self._config_digest}
+        stored = {"rank": manifest.rank, "world": manifest.world, "config_digest": manifest.config_digest}
+        if mine != stored:
+            raise ManifestMismatch(f"version {manifest.version} was taken of {stored}, this is {mine}")
+
+    @property
+    def _is_fenced(self) -> bool:
+        return self._arena.board.fence_epoch > self._epoch
+
+    def _check_fence(self) -> None:
+        if self._is_fenced:
+            raise Abort(
+                f"epoch {self._epoch} of rank {self._rank} is over, epoch {self._arena.board.fence_epoch} began"
+            )
+
+
+class MemorySnapshotter:
+    """See :class:`Snapshotter`. Keeps versions in this process, which therefore must live; never skips one."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Bytes, Manifest]] = {}
+
+    @property
+    def versions(self) -> list[int]:
+        """What could be restored, oldest first."""
+        return sorted(self._held)
+
+    def offer(self, state: RankState, version: int) -> bool:
+        if version in self._held or version < max(self._held, default=-1):
+            raise InvariantViolation(f"version {version} is offered after {max(self._held)}; versions grow")
+        plan = Plan(state.slices)
+        data = np.zeros(plan.data_bytes, dtype=np.uint8)
+        entries = plan.capture(data, lambda: None, version=version)
+        scalars = json.loads(json.dumps(dict(state.scalars)))
+        self._held[version] = data, Manifest(version, 0, 0, 1, scalars, entries)
+        return True
+
+    def fence(self) -> float:
+        return 0.0
+
+    def commit(self, version: int) -> None:
+        if version not in self._held:
+            raise InvariantViolation(f"version {version} is to be committed but only {self.versions} are held")
+        self._held = {held: copy for held, copy in self._held.items() if held >= version}
+
+    def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
+        if version not in self._held:
+            raise InsufficientShards([0], f"version {version} is wanted, {self.versions or 'none'} held")
+        data, manifest = self._held[version]
+        _restore(data, manifest, state)
+        return manifest.scalars
+
+
+def _restore(data: Bytes, manifest: Manifest, state: RankState) -> None:
+    """Write every slice back, or raise before the first byte of ``state`` has changed."""
+    live, stored = {s.spec.name: s for s in state.slices}, {e.spec.name: e for e in manifest.entries}
+    difference = _first_difference({n: s.spec for n, s in live.items()}, {n: e.spec for n, e in stored.items()})
+    if difference:
+        raise ManifestMismatch(f"version {manifest.version} of rank {manifest.rank} does not fit: {difference}")
+    for damage in damaged_slices(data, manifest):
+        raise damage
+    for name, entry in stored.items():
+        target = byte_view(live[name].tensor)
+        target.copy_(torch.from_numpy(data[entry.offset : entry.offset + entry.length]))
+
+
+def _first_difference(live: Mapping[str, object], stored: Mapping[str, object]) -> str:
+    for name in [*stored, *(n for n in live if n not in stored)]:
+        if name not in live:
+            return f"it holds slice {name!r}, which the running model does not have"
+        if name not in stored:
+            return f"the running model has slice {name!r}, which it does not hold"
+        if live[name] != stored[name]:
+            return f"slice {name!r} is {stored[name]} there and {live[name]} here"
+    return ""

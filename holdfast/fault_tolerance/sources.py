@@ -1,0 +1,54 @@
+"""What is known about restorable state: the last inventory, less what turned out to be damaged."""
+
+from __future__ import annotations
+
+from holdfast.fault_tolerance.messages import HeldVersion, InventoryTaken
+from holdfast.fault_tolerance.policy import Decision, View, decide
+
+__all__ = ["Sources"]
+
+
+class Sources:
+    """Gathers evidence for and against every source; ``decide`` turns it into a decision."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._inventory = InventoryTaken(-1, {})
+        self._decision: Decision | None = None
+        self._damaged: set[tuple[int, HeldVersion]] = set()
+        self._refused: dict[int, str] = {}
+        self._rejected: dict[str, None] = {}  # an ordered set
+
+    def take(self, inventory: InventoryTaken) -> None:
+        """A newer inventory replaces the last one; a checkpoint once seen unusable is never forgotten."""
+        self._inventory = inventory
+        self._rejected.update(dict.fromkeys(inventory.rejected))
+
+    def damaged(self, rank: int, version: int) -> None:
+        """The copy that ``rank`` was to restore failed its digests."""
+        decision = self._decision
+        if decision is not None and decision.version == version and decision.writer_epoch is not None:
+            self._damaged.add((rank, HeldVersion(version, decision.writer_epoch, self._world)))
+
+    def refuse(self, step: int, reason: str) -> None:
+        """The durable checkpoint of ``step`` could not be loaded."""
+        self._refused[step] = reason
+
+    def newest_written_in(self, epoch: int) -> int:
+        """Newest version that any rank completed in ``epoch``; -1 if there is none."""
+        held = (h for copies in self._inventory.held.values() for h in copies)
+        return max((h.version for h in held if h.epoch == epoch), default=-1)
+
+    def decide(self) -> Decision:
+        """The best source left."""
+        inventory = self._inventory
+        self._decision = decide(
+            View(
+                world=self._world,
+                held={r: [h for h in held if (r, h) not in self._damaged] for r, held in inventory.held.items()},
+                durable=inventory.durable,
+                refused=self._refused,
+                rejected=tuple(self._rejected),
+            )
+        )
+        return self._decision

@@ -1,0 +1,178 @@
+"""The process group of one membership epoch: joined on a fresh file, left from any thread, whatever blocks.
+
+gloo has no abort: a rank that waits in a collective for a peer that has died elsewhere in the ring, or has been
+stopped, waits until the group's timeout, and destroying the group from another thread does not wake it. Shutting
+down the group's sockets does. NCCL can abort by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store  # torch.distributed hands them on without declaring it
+
+from holdfast.errors import Abort, CollectiveBroken, InvariantViolation
+
+__all__ = ["TorchCommunicator", "broken_collective"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.005
+_CONNECT_TIMEOUT_S = 20.0
+"""Deadline of connecting once everybody has arrived: the only wait that cannot be cut short."""
+
+
+def broken_collective(error: BaseException) -> bool:
+    """Whether an exception means that a peer, or the way to it, is gone. gloo raises bare ``RuntimeError``."""
+    if isinstance(error, (CollectiveBroken, dist.DistError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "Gloo", "NCCL", "process group"))
+
+
+class TorchCommunicator:
+    """Collectives of one epoch, besides those that the engine makes on the same group.
+
+    ``abort`` and ``close`` may be called from any thread and more than once; everything else from the training thread.
+    """
+
+    def __init__(self, rank: int, world: int, device: torch.device, sockets: _Sockets) -> None:
+        self.rank, self.world = rank, world
+        self._device, self._sockets, self._is_closed = device, sockets, False
+
+    @classmethod
+    def join(
+        cls,
+        rendezvous: str,
+        *,
+        rank: int,
+        world: int,
+        backend: str,
+        timeout_s: float,
+        should_leave: Callable[[], bool] = lambda: False,
+    ) -> TorchCommunicator:
+        """Collective. Meet the other ranks at a file that no earlier epoch has used.
+
+        ``timeout_s`` is the deadline of arriving and of every collective afterwards. Raises: Abort when
+        ``should_leave`` turns true before everybody is here; CollectiveBroken after the deadline.
+        """
+        if dist.is_initialized():
+            raise InvariantViolation("this process still belongs to the group of an earlier epoch; close it first")
+        store = FileStore(rendezvous, world)
+        _await_everybody(store, rank, world, time.monotonic() + timeout_s, should_leave)
+        store.set_timeout(timedelta(seconds=min(timeout_s, _CONNECT_TIMEOUT_S)))
+        sockets = _Sockets()
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+            )
+        except (RuntimeError, ValueError) as error:  # torch reports a peer that is gone by either
+            raise CollectiveBroken(rank, "join", _first_line(error)) from error
+        sockets.remember()
+        device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        return cls(rank, world, device, sockets)
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Collective. Sum float64 values over all ranks; the result has the same bits on each.
+
+        Raises: CollectiveBroken when a peer is gone.
+        """
+        sums = torch.tensor(values, dtype=torch.float64, device=self._device)
+        try:
+            dist.all_reduce(sums)
+        except RuntimeError as error:
+            if not broken_collective(error):
+                raise
+            raise CollectiveBroken(self.rank, "all_reduce", _first_line(error)) from error
+        return list(map(float, sums.tolist()))
+
+    def abort(self) -> None:
+        """Wake the training thread, here and at the peers, from whatever collective it is blocked in."""
+        if self._device.type == "cuda":
+            _abort_nccl()
+        else:
+            self._sockets.shut_down()
+
+    def close(self) -> None:
+        """Leave the group. What the peers do, and whether they live, makes no difference."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.abort()
+        with contextlib.suppress(RuntimeError):  # a group whose peers are gone may complain while it is destroyed
+            dist.destroy_process_group()
+
+
+def _await_everybody(
+    store: Store, rank: int, world: int, deadline_s: float, should_leave: Callable[[], bool]
+) -> None:
+    """torch waits for late ranks inside a call that nothing can interrupt; so nobody enters it before all are here."""
+    store.set(f"arrived/{rank}", "")
+    missing = [f"arrived/{other}" for other in range(world)]
+    while missing := [key for key in missing if not store.check([key])]:
+        if should_leave():
+            raise Abort(f"rank {rank} left while it waited for {len(missing)} of {world} ranks")
+        if time.monotonic() > deadline_s:
+            late = ", ".join(key.partition("/")[2] for key in missing)
+            raise CollectiveBroken(rank, "join", f"ranks {late} did not arrive in time")
+        time.sleep(_POLL_S)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _abort_nccl() -> None:
+    try:
+        backend = dist.group.WORLD._get_backend(torch.device("cuda"))  # type: ignore[union-attr]  # it is initialised
+        backend.abort()
+    except (AttributeError, RuntimeError) as error:
+        logger.warning("the NCCL group could not be aborted: %s", error)
+
+
+class _Sockets:
+    """TCP connections that appear between construction and ``remember``, whichever library opens them.
+
+    A descriptor's number may be used again after it was closed, so its inode is remembered with it. Only connected
+    sockets are shut down: shutting a listening one down ends the process.
+    """
+
+    def __init__(self) -> None:
+        self._before = set(_open_sockets())
+        self._mine: list[tuple[int, str]] = []
+
+    def remember(self) -> None:
+        self._mine = [entry for entry in _open_sockets() if entry not in self._before]
+
+    def shut_down(self) -> None:
+        for descriptor, inode in self._mine:
+            with contextlib.suppress(OSError):  # closed in the meantime: then there is nothing to wake
+                if _inode(descriptor) == inode:
+                    _shut_down(descriptor)
+
+
+def _open_sockets() -> Iterator[tuple[int, str]]:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it was closed between listing and looking
+            inode = _inode(int(name))
+            if inode.startswith("socket:"):
+                yield int(name), inode
+
+
+def _inode(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def _shut_down(descriptor: int) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.getpeername()  # raises for a socket that only listens
+            connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,186 @@
+"""Configuration -> objects. Every choice a rank makes is made here, once per membership epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from holdfast import failpoints, optim
+from holdfast.fault_tolerance.config import SnapshotConfig
+from holdfast.optim.config import OptimConfig, OptimName
+from holdfast.optim.schedules import learning_rate
+from holdfast.parallel.config import ParallelConfig
+from holdfast.parallel.zero import ZeroEngine, ZeroOptions
+from holdfast.trainer import tokenizer
+from holdfast.trainer.config import DataConfig, ModelConfig, TrainerConfig
+from holdfast.trainer.data import Batches, target_bytes
+from holdfast.trainer.evaluate import evaluate
+from holdfast.trainer.export import export_weights
+from holdfast.trainer.loop import Goal, Trainer
+from holdfast.trainer.model import Decoder, generate, initialise
+from holdfast.trainer.observers import Watcher
+from holdfast.trainer.state import StateView, TrainState
+from holdfast.trainer.step import Communicator, Microbatch, Snapshots, StepParts
+from holdfast.types import Phase
+
+__all__ = ["Job", "Note", "RankRun"]
+
+Note = Callable[[dict[str, object]], None]
+"""Takes a JSON record of something that happened besides a step."""
+
+_TEMPERATURE, _TOP_K = 0.8, 50
+
+
+class Options(Protocol):
+    """The parts of a run's configuration that a rank needs."""
+
+    seed: int
+    trainer: TrainerConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    snapshot: SnapshotConfig
+
+
+class Peers(Communicator, Protocol):
+    """A communicator that knows its place."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to train, the same on every rank and in every epoch."""
+
+    options: Options
+    store: str
+    """Directory of the token store."""
+    export_dir: str
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+
+class RankRun:
+    """Collective. One rank in one epoch, with fresh weights: the trainer and what surrounds it."""
+
+    def __init__(
+        self, job: Job, comm: Peers, snapshots: Snapshots, watcher: Watcher, *, epoch: int, note: Note
+    ) -> None:
+        self._job, self._comm, self._watcher, self._note = job, comm, watcher, note
+        options = job.options
+        self._batches = Batches.open(
+            job.store,
+            seed=options.seed,
+            seq_len=options.data.seq_len,
+            global_batch=options.trainer.global_batch,
+            micro_batch=options.trainer.micro_batch,
+            rank=comm.rank,
+            world=comm.world,
+        )
+        self._engine = _build_engine(job, comm.world)
+        self.view = StateView(TrainState(), self._engine, rank=comm.rank)
+        steps = options.trainer.max_steps
+        parts = StepParts(
+            engine=self._engine,
+            comm=comm,
+            snapshots=snapshots,
+            watcher=watcher,
+            learning_rate=lambda step: learning_rate(options.optim, step, steps),
+            snapshot_every=options.snapshot.every_steps,
+            epoch=epoch,
+        )
+        self.trainer = Trainer(
+            self.view, parts, self._training, Goal(steps, options.trainer.eval_every, self._evaluate)
+        )
+
+    def conclude(self) -> Mapping[str, object]:
+        """Collective. Evaluate and export; rank 0 returns what the run has to show."""
+        step = self.view.train.step
+        self._watcher.enter(Phase.EVALUATE, step)
+        bits, windows = self._measure(step)
+        self._watcher.enter(Phase.EXPORT, step)
+        failpoints.hit("export.begin", step)
+        weights = self._engine.full_weights()
+        if self._comm.rank != 0:
+            return {}
+        path = Path(self._job.export_dir) / "model.safetensors"
+        export_weights(weights, path, metadata={"format": "pt", "step": str(step)})
+        text = _sample(self._job.options, weights)
+        return {"step": step, "bits_per_byte": bits, "windows": windows, "text": text, "weights": str(path)}
+
+    def close(self) -> None:
+        """Free the engine; the next epoch builds a new one in this process."""
+        self._engine.close()
+
+    def _training(self, step: int) -> Sequence[Microbatch]:
+        return [self._on_device(tokens, targets) for tokens, targets in self._batches.microbatches(step)]
+
+    def _validation(self) -> Iterator[Microbatch]:
+        trainer = self._job.options.trainer
+        for tokens, targets in self._batches.validation(trainer.eval_windows, trainer.micro_batch):
+            self._watcher.check()
+            yield self._on_device(tokens, targets)
+
+    def _on_device(self, tokens: torch.Tensor, targets: torch.Tensor) -> Microbatch:
+        return tokens.to(self._job.device), targets.to(self._job.device), target_bytes(targets)
+
+    def _evaluate(self, step: int) -> None:
+        bits, windows = self._measure(step)
+        if self._comm.rank == 0:
+            self._note({"step": step, "bits_per_byte": bits, "windows": windows})
+
+    def _measure(self, step: int) -> tuple[float, int]:
+        """Collective. Bits per byte of held-out text, and in how many windows."""
+        bits = evaluate(self._engine, self._comm, self._validation(), step)
+        return bits, self._job.options.trainer.eval_windows
+
+
+def _build_engine(job: Job, world: int) -> ZeroEngine:
+    options = job.options
+    model = Decoder(options.model)
+    initialise(model, options.seed)
+    model.to(job.device)
+    micro_batch = options.trainer.micro_batch
+    return ZeroEngine(
+        model,
+        optim.parameter_groups(model.named_parameters(), options.optim),
+        lambda groups: optim.build_optimizer(options.optim, groups),
+        optim,
+        ZeroOptions(
+            stage=options.parallel.zero_stage,
+            precision=options.parallel.precision,
+            micro_batch=micro_batch,
+            accumulation=options.trainer.global_batch // (micro_batch * world),
+            grad_clip=options.optim.grad_clip,
+            bucket_elements=options.parallel.bucket_elements,
+            block_size=options.optim.block_size if options.optim.name is OptimName.ADAMW8BIT else 1,
+        ),
+    )
+
+
+def _sample(options: Options, weights: Mapping[str, torch.Tensor]) -> str:
+    """Text from the trained weights, alone in fp32 on the CPU; the same on every machine that computes alike."""
+    model = Decoder(options.model)
+    model.load_state_dict(dict(weights))
+    prompt = [tokenizer.BOS, *tokenizer.encode(options.trainer.prompt)]
+    ids = generate(
+        model,
+        prompt,
+        options.trainer.generate_bytes,
+        temperature=_TEMPERATURE,
+        top_k=_TOP_K,
+        seed=options.seed,
+        max_seq_len=options.data.seq_len,
+    )
+    return options.trainer.prompt + tokenizer.decode(ids)

@@ -1,0 +1,118 @@
+"""Options of model, data, training loop and trackers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["DataConfig", "DataSource", "ModelConfig", "TrackerConfig", "TrackerName", "TrainerConfig", "WandbMode"]
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder of the LLaMA family."""
+
+    name: str = "1m"
+    """Label of the preset, for the record only."""
+    vocab_size: int = 259
+    """Tokens: 256 bytes, <bos>, <eos>, <pad>."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    n_layers: int = 2
+    """Decoder blocks."""
+    n_heads: int = 4
+    """Query heads; must divide d_model into even-sized heads."""
+    n_kv_heads: int = 2
+    """Key and value heads; must divide n_heads."""
+    d_ff: int = 448
+    """Hidden width of the SwiGLU."""
+    max_seq_len: int = 1024
+    """Longest sequence, tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the token embedding as output head."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+
+class DataSource(Enum):
+    """Where the text comes from."""
+
+    LOCAL = "local"
+    TEXT = "text"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """The training text."""
+
+    source: DataSource = DataSource.LOCAL
+    """LOCAL: this interpreter's standard library and pydoc topics. TEXT, JSONL, PARQUET: ``path``."""
+    path: str = ""
+    """File or directory (searched recursively) of the user's own text; .gz .bz2 .zst are read too."""
+    field: str = "text"
+    """JSON field or parquet column that holds the text."""
+    seq_len: int = 256
+    """Tokens per training sequence."""
+    validation_share: float = 0.05
+    """Share of the files (rows, for a single file) held out, chosen by a hash of their name."""
+    cache: str = ""
+    """Directory of token stores; empty means ``<root>/cache``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """The loop."""
+
+    max_steps: int = 300
+    """Optimizer steps to finish."""
+    global_batch: int = 24
+    """Sequences per optimizer step over all ranks; a multiple of micro_batch x ranks."""
+    micro_batch: int = 8
+    """Sequences per rank and forward pass."""
+    log_every: int = 10
+    """Steps between progress lines."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    eval_windows: int = 96
+    """Validation sequences per evaluation."""
+    generate_bytes: int = 200
+    """Bytes of text generated at the end."""
+    prompt: str = "def "
+    """Start of the generated text."""
+
+
+class TrackerName(Enum):
+    """What follows the run besides the files in its directory."""
+
+    NONE = "none"
+    WANDB = "wandb"
+
+
+class WandbMode(Enum):
+    """AUTO is online with an API key and offline without."""
+
+    AUTO = "auto"
+    ONLINE = "online"
+    OFFLINE = "offline"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    """Experiment tracker; ``metrics.jsonl`` is written in any case."""
+
+    name: TrackerName = TrackerName.NONE
+    """NONE or WANDB."""
+    mode: WandbMode = WandbMode.AUTO
+    """Only for WANDB."""
+    entity: str = ""
+    """W&B entity; empty means the account's default."""
+    init_timeout_s: float = 90.0
+    """Seconds to wait for W&B before falling back to offline."""
+    finish_timeout_s: float = 30.0
+    """Seconds the end of a run may wait for uploads."""

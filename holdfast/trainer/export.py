@@ -1,0 +1,30 @@
+"""What leaves a finished run: weights as safetensors, written atomically, and generated text."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+__all__ = ["export_weights"]
+
+
+def export_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> int:
+    """Write fp32 ``weights`` to ``path``; a reader sees the whole file or none. Returns its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask wants it; safetensors lets nobody but the owner read
+        safetensors.torch.save_file(dict(weights), temporary, metadata=dict(metadata))
+        temporary.chmod(mode)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path.stat().st_size

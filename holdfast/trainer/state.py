@@ -1,0 +1,91 @@
+"""What a rank must not lose between two steps, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from holdfast.types import RankState, SliceSpec, StateSlice
+
+__all__ = ["StateOwner", "StateView", "TrainState"]
+
+
+class StateOwner(Protocol):
+    """Whoever holds the sharded tensors. Addresses are stable; ``refresh`` is collective."""
+
+    def slices(self) -> Sequence[StateSlice]: ...
+
+    def scalars(self) -> Mapping[str, object]: ...
+
+    def load_scalars(self, scalars: Mapping[str, object]) -> None: ...
+
+    def refresh(self) -> None: ...
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Progress and random state. The data position is not stored: it is a function of ``step``."""
+
+    step: int = 0
+    """Optimizer steps finished."""
+    tokens: int = 0
+    """Tokens trained on, all ranks together."""
+
+    def advance(self, tokens: int) -> None:
+        self.step += 1
+        self.tokens += tokens
+
+
+class StateView:
+    """The state of one rank as named slices: the owner's tensors, live, and the random state, copied by value."""
+
+    def __init__(self, train: TrainState, owner: StateOwner, *, rank: int) -> None:
+        self.train, self._owner = train, owner
+        self._random = [_RandomState(f"rng/rank{rank}/{device}", device) for device in _devices()]
+        self._slices = [*owner.slices(), *(r.slice for r in self._random)]
+
+    def capture(self) -> RankState:
+        """The state as it is now. The tensors stay live: copy them before the next update."""
+        for random in self._random:
+            random.read()
+        return RankState(self._slices, self._scalars())
+
+    def _scalars(self) -> dict[str, object]:
+        return {"step": self.train.step, "tokens": self.train.tokens, "owner": dict(self._owner.scalars())}
+
+    def adopt(self, scalars: Mapping[str, object]) -> None:
+        """Collective. Make the slices that were just written back, and these scalars, the training state."""
+        self.train.step, self.train.tokens = cast(int, scalars["step"]), cast(int, scalars["tokens"])
+        self._owner.load_scalars(cast(Mapping[str, object], scalars["owner"]))
+        for random in self._random:
+            random.write()
+        self._owner.refresh()
+
+
+class _RandomState:
+    """A device's generator state in a tensor whose address never changes."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self._device = device
+        self._held = self._current().clone()
+        self.slice = StateSlice(SliceSpec(name, (self._held.numel(),), 0, self._held.numel(), "uint8"), self._held)
+
+    def _current(self) -> Tensor:
+        return torch.get_rng_state() if self._device == "cpu" else torch.cuda.get_rng_state()
+
+    def read(self) -> None:
+        self._held.copy_(self._current())
+
+    def write(self) -> None:
+        if self._device == "cpu":
+            torch.set_rng_state(self._held)
+        else:
+            torch.cuda.set_rng_state(self._held)
+
+
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

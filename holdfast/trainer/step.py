@@ -1,0 +1,197 @@
+"""One training step: the fence, the vote and the update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from holdfast import failpoints
+from holdfast.errors import NonFiniteStep
+from holdfast.trainer.observers import Watcher
+from holdfast.trainer.state import StateView
+from holdfast.types import Phase, RankState, StepReport
+
+__all__ = [
+    "Communicator",
+    "Engine",
+    "Microbatch",
+    "Pending",
+    "Snapshots",
+    "StepParts",
+    "Verdict",
+    "fence",
+    "offer",
+    "take",
+    "train_step",
+    "vote",
+]
+
+Microbatch = tuple[Tensor, Tensor, int]
+"""Tokens [B, T] int64, targets [B, T] int64, number of targets that are bytes."""
+
+
+class Engine(Protocol):
+    """The sharded model and optimizer. All methods but ``loss`` are collective."""
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def update(self, lr: float) -> float: ...
+
+
+class Communicator(Protocol):
+    """Collective. Sums float64 values over all ranks; the result has the same bits on each."""
+
+    world: int
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]: ...
+
+
+class Snapshots(Protocol):
+    """``offer`` takes the state, ``fence`` waits until the live tensors may change, ``commit`` flips the version."""
+
+    def offer(self, state: RankState, version: int) -> bool: ...
+
+    def fence(self) -> float: ...
+
+    def commit(self, version: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """Everything a step needs, chosen once in ``build``."""
+
+    engine: Engine
+    comm: Communicator
+    snapshots: Snapshots
+    watcher: Watcher
+    learning_rate: Callable[[int], float]
+    """Rate of the update that finishes step i + 1."""
+    snapshot_every: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks agreed on before the update."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    is_held_by_all: bool
+    """The last version offered is complete on every rank."""
+    stop: bool
+    """At least one rank was asked to stop."""
+
+
+@dataclass(slots=True)
+class Pending:
+    """The version offered last, until its fate is known."""
+
+    version: int = -1
+    is_held: bool = False
+    committed: int = -1
+    copied_bytes: int = 0
+
+
+def train_step(
+    view: StateView, batch: Sequence[Microbatch], parts: StepParts, pending: Pending
+) -> tuple[StepReport, bool]:
+    """Collective. One optimizer step, applied on every rank or on none; also whether the ranks agreed to stop."""
+    started, step = time.perf_counter(), view.train.step
+    parts.watcher.enter(Phase.FORWARD_BACKWARD, step)
+    failpoints.hit("step.begin", step)
+    sums = _forward_backward(batch, parts.engine)
+    failpoints.hit("step.after_backward", step)
+    stall_s = fence(parts, step)
+    verdict = vote(sums, parts, pending, step)
+    if not math.isfinite(verdict.loss):
+        raise NonFiniteStep(step, verdict.loss)
+    failpoints.hit("step.before_update", step)
+    parts.watcher.enter(Phase.UPDATE, step)
+    rate = parts.learning_rate(step)
+    grad_norm = parts.engine.update(rate)
+    view.train.advance(verdict.tokens)
+    failpoints.hit("step.after_update", step)
+    stall_s += offer(view, parts, pending)
+    report = StepReport(
+        step=view.train.step,
+        epoch=parts.epoch,
+        loss=verdict.loss,
+        bits_per_byte=verdict.bits_per_byte,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+        tokens=view.train.tokens,
+        step_s=time.perf_counter() - started,
+        stall_s=stall_s,
+        copy_bytes=pending.copied_bytes,
+        committed=pending.committed,
+    )
+    return report, verdict.stop
+
+
+def _forward_backward(batch: Sequence[Microbatch], engine: Engine) -> list[float]:
+    """Sums over this rank's microbatches: nats, targets, targets that are bytes."""
+    sums = [0.0, 0.0, 0.0]
+    for tokens, targets, byte_targets in batch:
+        loss = engine.loss(tokens, targets)
+        engine.backward(loss)
+        sums[0] += float(loss.detach()) * targets.numel()
+        sums[1] += targets.numel()
+        sums[2] += byte_targets
+    return sums
+
+
+def fence(parts: StepParts, step: int) -> float:
+    """Wait until the last snapshot's copies are done; the live state may change afterwards. Seconds waited."""
+    parts.watcher.enter(Phase.FENCE, step)
+    return parts.snapshots.fence()
+
+
+def vote(sums: Sequence[float], parts: StepParts, pending: Pending, step: int) -> Verdict:
+    """Collective. Agree on the global loss, on the fate of the pending version and on stopping.
+
+    Returning from the sum proves that every rank holds the version, so each may flip on its own: a rank
+    that dies before it flips leaves a FILLED copy that recovery finds complete on all ranks.
+    """
+    parts.watcher.enter(Phase.VOTE, step)
+    parts.watcher.check()
+    wishes = [float(pending.is_held), float(parts.watcher.should_stop())]
+    nats, targets, byte_targets, held, stop = parts.comm.all_reduce_sum([*sums, *wishes])
+    is_held_by_all = held == parts.comm.world
+    if is_held_by_all:
+        failpoints.hit("snapshot.before_commit", step)
+        parts.snapshots.commit(pending.version)
+        pending.committed, pending.is_held = pending.version, False
+        failpoints.hit("snapshot.after_commit", step)
+    return Verdict(
+        loss=nats / targets if targets else 0.0,
+        bits_per_byte=nats / math.log(2) / byte_targets if byte_targets else 0.0,
+        tokens=int(targets),
+        is_held_by_all=is_held_by_all,
+        stop=stop > 0,
+    )
+
+
+def offer(view: StateView, parts: StepParts, pending: Pending) -> float:
+    """Take the new state if this step's version is wanted. Seconds it took."""
+    pending.copied_bytes = 0
+    return 0.0 if view.train.step % parts.snapshot_every else take(view, parts, pending)
+
+
+def take(view: StateView, parts: StepParts, pending: Pending) -> float:
+    """Hand the state to the snapshotter, as the version whose fate is open from now on. Seconds until it returned."""
+    started = time.perf_counter()
+    parts.watcher.enter(Phase.CAPTURE, view.train.step)
+    state = view.capture()
+    pending.version = view.train.step
+    pending.is_held = parts.snapshots.offer(state, pending.version)
+    if pending.is_held:
+        pending.copied_bytes = sum(s.tensor.numel() * s.tensor.element_size() for s in state.slices)
+    return time.perf_counter() - started

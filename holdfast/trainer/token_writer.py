@@ -1,0 +1,262 @@
+"""Writes a token store, whole or not at all. Several drivers may build the same one at a time: the first wins."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from holdfast import __version__
+from holdfast.errors import ConfigurationError, DataError
+from holdfast.trainer.split import Split
+from holdfast.trainer.token_store import COLUMNS, DTYPE, FORMAT_VERSION, MANIFEST, METADATA_KEY, TokenStore, split_file
+from holdfast.trainer.tokenizer import BOS, EOS
+
+__all__ = ["StoreWriter", "remove_abandoned", "write_store"]
+
+logger = logging.getLogger(__name__)
+
+_MARK = ".tmp-"
+"""In the name of every directory that is not finished, or no longer wanted."""
+_STAGED_TOKENS = 1 << 20
+_ABANDONED_S = 24 * 3600.0
+"""A build that has written nothing for so long will not go on."""
+
+
+def write_store(path: Path, title: str, fill: Callable[[StoreWriter], None]) -> TokenStore:
+    """Build a store beside ``path`` with ``fill`` and give it the name; an intact store that is there by then wins.
+
+    Whatever ``fill`` raises leaves nothing behind. Raises: ConfigurationError when the disk does not take it.
+    """
+    unfinished = _unfinished(path)
+    try:
+        unfinished.mkdir(parents=True)
+        with StoreWriter(unfinished) as writer:
+            fill(writer)
+            writer.finish(title)
+        _publish(unfinished, path)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write the token store {path}: {error.strerror or error}; "
+            "free space there, or set data.cache to another directory"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return TokenStore.open(path)
+
+
+def remove_abandoned(cache: Path, now_s: float) -> None:
+    """Delete what killed builders left in ``cache``; those that may still be at work are spared."""
+    for directory in cache.glob(f"*{_MARK}*"):
+        try:
+            newest_s = max(p.stat().st_mtime for p in (directory, *directory.iterdir()))
+        except OSError:  # its builder has just finished or cleaned up
+            continue
+        if now_s - newest_s > _ABANDONED_S:
+            logger.info("removing %s: nothing was written to it for a day", directory)
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+class StoreWriter:
+    """Takes text in order and turns it into tokens; memory is bounded whatever comes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self._streams = {
+            split: _Stream(self._stack.enter_context((directory / split_file(split)).open("xb"))) for split in Split
+        }
+        self._rows: list[_Row] = []
+        self._current: dict[Split, _Row] = {}
+        self._open: Split | None = None
+        """Where the last document began and has not ended."""
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def n_tokens(self) -> dict[Split, int]:
+        """Tokens so far."""
+        return {split: stream.n_tokens for split, stream in self._streams.items()}
+
+    def begin_file(self, name: str, licence: str) -> None:
+        """What follows comes from this file."""
+        self._current = {split: _Row(name, split, licence) for split in Split}
+
+    def append(self, split: Split, text: bytes, *, begins_document: bool) -> None:
+        """More text. A document also ends where the split changes."""
+        row, stream = self._current[split], self._streams[split]
+        if begins_document or split is not self._open:
+            self._end_document()
+            stream.add_special(BOS)
+            self._open = split
+            row.documents += 1
+        stream.add_text(text)
+        row.bytes += len(text)
+        row.digest.update(text)
+
+    def end_file(self) -> int:
+        """The file's bytes of text."""
+        self._end_document()
+        rows = [row for row in self._current.values() if row.documents]
+        self._rows += rows
+        return sum(row.bytes for row in rows)
+
+    def finish(self, title: str) -> None:
+        """Everything is on disk when it returns: tokens, then the manifest."""
+        for stream in self._streams.values():
+            stream.flush()
+        with (self._directory / MANIFEST).open("xb") as file:
+            _write_manifest(file, self._rows, self._head(title))
+            _sync_file(file)
+        _sync_directory(self._directory)
+
+    def _end_document(self) -> None:
+        if self._open is not None:
+            self._streams[self._open].add_special(EOS)
+            self._open = None
+
+    def _head(self, title: str) -> dict[str, object]:
+        digests = "".join(self._streams[split].digest.hexdigest() for split in Split)
+        return {
+            "format_version": FORMAT_VERSION,
+            "writer": f"holdfast {__version__}",
+            "title": title,
+            "digest": xxhash.xxh3_128_hexdigest(digests.encode()),
+            "tokens": {split.value: self._streams[split].n_tokens for split in Split},
+            "bytes": {split.value: sum(row.bytes for row in self._rows if row.split is split) for split in Split},
+            "documents": sum(row.documents for row in self._rows),
+            "licences": sorted({row.licence for row in self._rows}),
+        }
+
+
+@dataclass(slots=True)
+class _Row:
+    """What one file adds to one split."""
+
+    name: str
+    split: Split
+    licence: str
+    documents: int = 0
+    bytes: int = 0
+    digest: Any = field(default_factory=xxhash.xxh3_128)  # Any: xxhash is not checked
+
+    @property
+    def cells(self) -> tuple[object, ...]:
+        shown = os.fsencode(self.name).decode(errors="replace")  # a file's name need not be UTF-8, Arrow's strings are
+        tokens = self.bytes + 2 * self.documents
+        digest = self.digest.hexdigest()
+        return shown, self.split.value, self.documents, self.bytes, tokens, self.licence, digest
+
+
+class _Stream:
+    """The tokens of one split, written in large blocks."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._staged = np.empty(_STAGED_TOKENS, DTYPE)
+        self._used = 0
+        self.n_tokens = 0
+        self.digest: Any = xxhash.xxh3_128()  # Any: xxhash is not checked
+
+    def add_special(self, token: int) -> None:
+        self._make_room()
+        self._staged[self._used] = token
+        self._used += 1
+        self.n_tokens += 1
+
+    def add_text(self, text: bytes) -> None:
+        ids = np.frombuffer(text, np.uint8)
+        self.n_tokens += len(ids)
+        while len(ids):
+            self._make_room()
+            room = self._staged[self._used :][: len(ids)]
+            room[:] = ids[: len(room)]
+            self._used += len(room)
+            ids = ids[len(room) :]
+
+    def flush(self) -> None:
+        self._write()
+        _sync_file(self._file)
+
+    def _make_room(self) -> None:
+        if self._used == len(self._staged):
+            self._write()
+
+    def _write(self) -> None:
+        block = self._staged[: self._used].data
+        self.digest.update(block)
+        self._file.write(block)
+        self._used = 0
+
+
+def _write_manifest(file: BinaryIO, rows: list[_Row], head: dict[str, object]) -> None:
+    schema = COLUMNS.with_metadata({METADATA_KEY: json.dumps(head)})
+    cells = [row.cells for row in rows]
+    columns = [pa.array([row[i] for row in cells], type=column.type) for i, column in enumerate(COLUMNS)]
+    with pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _publish(unfinished: Path, path: Path) -> None:
+    while True:
+        try:
+            unfinished.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            _sync_directory(path.parent)
+            return
+        try:
+            TokenStore.open(path)
+        except DataError:
+            _retire(path)
+        else:
+            logger.info("%s was built by another process meanwhile; it is used", path)
+            return
+
+
+def _retire(path: Path) -> None:
+    """Take the name from a broken store. Whoever has mapped it keeps what is mapped."""
+    away = _unfinished(path)
+    try:
+        path.rename(away)
+    except FileNotFoundError:  # another process was faster
+        return
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_MARK}{uuid.uuid4().hex}")
+
+
+def _sync_file(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,501 @@
+"""Trackers: W&B learns what there is to know, and whatever it does, the run neither waits nor ends for it.
+
+Made-up ``wandb`` modules stand in for one that hangs, raises or dies; one test runs the real one, offline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.events import (
+    Evaluated,
+    Event,
+    EventSink,
+    FaultDetected,
+    RecoveryDone,
+    RunEnded,
+    RunStarted,
+    StopRequested,
+)
+from holdfast.trainer.config import TrackerConfig, TrackerName, WandbMode
+from holdfast.trainer.trackers import MemoryTracker, NullTracker, Tracker, WandbPlan, WandbTracker, build_tracker
+from holdfast.types import StepReport
+
+_FAULT = FaultDetected(1, (1,), 1, 4242, "killed by SIGKILL", "update", 3, 0.04)
+_DONE = RecoveryDone(1, 2, 3, 1.31, 1, 0, 1, 10, {})
+
+
+def _report(step: int, epoch: int = 1) -> StepReport:
+    return StepReport(
+        step=step,
+        epoch=epoch,
+        loss=2.0 + epoch / 8,
+        bits_per_byte=3.0,
+        learning_rate=1e-3,
+        grad_norm=0.5,
+        tokens=step * 64,
+        step_s=0.1,
+        stall_s=0.0,
+        copy_bytes=10,
+        committed=step - 1,
+    )
+
+
+def _tracker(directory: Path, *, mode: str | None = "offline", capacity: int = 4096, **limits: float) -> WandbTracker:
+    plan = WandbPlan(
+        run_id="run-1",
+        project="project",
+        directory=str(directory),
+        mode=mode,
+        init_timeout_s=limits.get("init_timeout_s", 10.0),
+        finish_timeout_s=limits.get("finish_timeout_s", 10.0),
+        config={"optim": {"lr": 0.001}},
+    )
+    return WandbTracker(
+        plan,
+        attempt=2,
+        capacity=capacity,
+        start_grace_s=limits.get("start_grace_s", 10.0),
+        clock=lambda: 1.5,
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    before = _children()
+    yield
+    assert _children() <= before
+
+
+def _children() -> set[int]:
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in task.read_text().split()}
+
+
+# -- small ones -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tracker", [NullTracker(), MemoryTracker()])
+def test_every_tracker_is_an_event_sink_that_may_be_finished_twice(tracker: Tracker) -> None:
+    sink: EventSink = tracker
+    tracker.start()
+    tracker.log_step(_report(1))
+    sink.emit(_FAULT)
+    tracker.finish()
+    tracker.finish()
+
+
+def test_the_memory_tracker_keeps_everything() -> None:
+    tracker = MemoryTracker()
+    tracker.log_step(_report(1))
+    tracker.emit(_FAULT)
+    assert (tracker.reports, tracker.events) == ([_report(1)], [_FAULT])
+
+
+def _build(config: TrackerConfig, directory: Path) -> Tracker:
+    return build_tracker(config, run_id="r", project="p", directory=directory, plain_config={}, attempt=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "told"),
+    [
+        (WandbMode.AUTO, None, "offline"),
+        (WandbMode.AUTO, "k" * 40, None),
+        (WandbMode.ONLINE, None, "online"),
+        (WandbMode.OFFLINE, "k" * 40, "offline"),
+    ],
+)
+def test_without_a_key_the_default_is_offline(
+    mode: WandbMode, key: str | None, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    tracker = _build(TrackerConfig(name=TrackerName.WANDB, mode=mode), tmp_path)
+    assert isinstance(tracker, WandbTracker)
+    assert tracker._plan.mode == told
+
+
+def test_by_default_nothing_follows_a_run(tmp_path: Path) -> None:
+    assert isinstance(_build(TrackerConfig(), tmp_path), NullTracker)
+
+
+def test_a_tracker_that_was_never_started_takes_everything_and_finishes_at_once(tmp_path: Path) -> None:
+    tracker = _tracker(tmp_path)
+    tracker.log_step(_report(1))
+    tracker.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- a made-up wandb --------------------------------------------------------------------------------------------------
+
+
+_FAKE = """
+import json, os, sys, time
+from pathlib import Path
+
+def on_init(mode): pass
+def on_log(values): pass
+def on_finish(): pass
+
+class Settings:
+    def __init__(self, **values):
+        self.values = values
+
+class Run:
+    def __init__(self, folder):
+        self.file = open(folder, "a", buffering=1)
+    def note(self, *what):
+        self.file.write(json.dumps(what) + chr(10))
+    def define_metric(self, name, step_metric=None):
+        self.note("define_metric", name, step_metric)
+    def log(self, values):
+        on_log(values)
+        self.note("log", values)
+    def alert(self, title, text, level):
+        self.note("alert", title, level)
+    def mark_preempting(self):
+        self.note("preempting")
+    def finish(self, exit_code):
+        on_finish()
+        self.note("finish", exit_code)
+
+def init(settings, **options):
+    global stop
+    run = Run(Path(options["dir"]) / "calls")
+    stop = settings.values.pop("stop_fn")
+    run.note("init", options, settings.values, os.environ.get("WANDB_SERVICE"), sys.stdin.isatty())
+    on_init(options["mode"])
+    return run
+"""
+
+Install = Callable[[str], None]
+
+
+@pytest.fixture
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Puts a ``wandb`` in front of the real one, for helpers only: nothing here imports it."""
+
+    def install(twist: str = "") -> None:
+        (tmp_path / "fake").mkdir()
+        (tmp_path / "fake" / "wandb.py").write_text(_FAKE + textwrap.dedent(twist))
+        monkeypatch.syspath_prepend(str(tmp_path / "fake"))
+
+    return install
+
+
+def _calls(directory: Path, *kinds: str) -> list[Any]:
+    calls = [json.loads(line) for line in (directory / "calls").read_text().splitlines()]
+    return [call[1:] for call in calls if call[0] in kinds]
+
+
+def _run(tracker: WandbTracker, *items: StepReport | Event) -> float:
+    """The life of a run; returns how long its end took."""
+    tracker.start()
+    for item in items:
+        tracker.log_step(item) if isinstance(item, StepReport) else tracker.emit(item)
+    started_s = time.monotonic()
+    tracker.finish()
+    return time.monotonic() - started_s
+
+
+def test_wandb_is_told_who_the_run_is_and_to_keep_quiet(
+    tmp_path: Path, fake_wandb: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_wandb("")
+    monkeypatch.setenv("WANDB_SERVICE", "of somebody else")
+    _run(_tracker(tmp_path))
+    ((options, settings, service, can_be_asked),) = _calls(tmp_path, "init")
+    assert options == {
+        "id": "run-1",
+        "name": "run-1",
+        "project": "project",
+        "entity": None,
+        "dir": str(tmp_path),
+        "config": {"optim": {"lr": 0.001}},
+        "job_type": "train",
+        "resume": "allow",
+        "allow_val_change": True,
+        "mode": "offline",
+    }
+    assert (settings["console"], settings["silent"], settings["x_disable_stats"]) == ("off", True, True)
+    assert (settings["init_timeout"], settings["finish_timeout"]) == (10.0, 10.0)
+    assert (service, can_be_asked) == (None, False)
+
+
+def test_settings_that_the_installed_wandb_lacks_are_left_out(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("Settings.model_fields = {'console': 0, 'silent': 0, 'stop_fn': 0}")
+    _run(_tracker(tmp_path))
+    assert _calls(tmp_path, "init")[0][1] == {"console": "off", "silent": True}
+
+
+def test_replayed_steps_overlay_on_train_step_and_no_step_is_passed(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("")
+    _run(_tracker(tmp_path), _report(1), _report(2), _report(2, epoch=2))
+    assert _calls(tmp_path, "define_metric") == [["train/step", None], ["*", "train/step"]]
+    logged = [values for (values,) in _calls(tmp_path, "log")]
+    assert [(v["train/step"], v["train/epoch"], v["train/loss"]) for v in logged] == [
+        (1, 1, 2.125),
+        (2, 1, 2.125),
+        (2, 2, 2.25),
+    ]
+    assert {(v["attempt"], v["wall_time"]) for v in logged} == {(2, 1.5)}
+
+
+def test_events_become_metrics_alerts_and_the_exit_code(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("")
+    ended = RunEnded("failed", 9, 1.0, 1, 1, 93, "no progress")
+    _run(
+        _tracker(tmp_path), RunStarted("r", 1, 3, ""), _FAULT, _DONE, Evaluated(9, 2.31, 96), StopRequested("x"), ended
+    )
+    assert _calls(tmp_path, "alert") == [
+        ["fault 1", "WARN"],
+        ["recovered from fault 1", "INFO"],
+        ["the run has failed", "ERROR"],
+    ]
+    recovery, evaluation = (values for (values,) in _calls(tmp_path, "log"))
+    assert (recovery["train/step"], recovery["recovery/repaired_in_s"], recovery["recovery/steps_lost"]) == (3, 1.31, 1)
+    assert (evaluation["train/step"], evaluation["eval/bits_per_byte"]) == (9, 2.31)
+    assert _calls(tmp_path, "preempting", "finish") == [[], [93]]
+
+
+def test_a_run_that_does_not_say_how_it_ended_has_failed(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("")
+    _run(_tracker(tmp_path), _report(1))
+    assert _calls(tmp_path, "finish") == [[1]]
+
+
+def test_stop_in_the_user_interface_stops_the_run(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("def on_log(values): stop()")
+    heard = threading.Event()
+    tracker = _tracker(tmp_path)
+    tracker._on_stop = lambda reason: heard.set()
+    tracker.start()
+    tracker.log_step(_report(1))
+    assert heard.wait(20.0)
+    tracker.finish()
+
+
+# -- a wandb that cannot be used --------------------------------------------------------------------------------------
+
+
+_UNUSABLE = {
+    "is missing": "raise ModuleNotFoundError('no wandb here')",
+    "ends the process": "def on_init(mode): sys.exit(1)",
+    "dies": "def on_init(mode): os.kill(os.getpid(), 9)",
+    "raises": "def on_init(mode): raise RuntimeError('service is down')",
+}
+
+
+@pytest.mark.parametrize("twist", _UNUSABLE.values(), ids=_UNUSABLE.keys())
+def test_a_wandb_that_cannot_be_started_costs_one_warning(
+    twist: str, tmp_path: Path, fake_wandb: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_wandb(twist)
+    _run(_tracker(tmp_path, mode="online"), _report(1), _FAULT)
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("W&B could not be started as configured (")
+    assert said.endswith("this attempt is recorded without it")
+
+
+def test_an_init_that_fails_online_falls_back_to_offline(
+    tmp_path: Path, fake_wandb: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_wandb("""
+        def on_init(mode):
+            if mode != "offline":
+                raise RuntimeError("no network")
+    """)
+    _run(_tracker(tmp_path, mode=None), _report(1))
+    assert [options["mode"] for options, *_ in _calls(tmp_path, "init")] == [None, "offline"]
+    assert len(_calls(tmp_path, "log")) == 1
+    (said,) = [record.message for record in caplog.records]
+    assert "(RuntimeError: no network); this attempt is recorded offline, for `wandb sync`" in said
+
+
+def test_an_init_that_hangs_falls_back_to_offline_while_the_run_goes_on(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("""
+        def on_init(mode):
+            if mode != "offline":
+                time.sleep(3600)
+    """)
+    tracker = _tracker(tmp_path, mode="online", init_timeout_s=0.3, start_grace_s=1.0)
+    tracker.start()
+    for step in range(1, 9):
+        tracker.log_step(_report(step))
+    _wait_for(lambda: (tmp_path / "calls").exists() and len(_calls(tmp_path, "log")) == 8)
+    tracker.finish()
+
+
+def test_a_run_that_is_over_before_init_gives_up_is_still_recorded_offline(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("""
+        def on_init(mode):
+            if mode != "offline":
+                time.sleep(3600)
+    """)
+    tracker = _tracker(tmp_path, mode="online", init_timeout_s=90.0, finish_timeout_s=4.0)
+    assert _run(tracker, _report(1), RunEnded("finished", 1, 1.0, 0, 0, 0)) < 4.0 + 3.0
+    assert (len(_calls(tmp_path, "log")), _calls(tmp_path, "finish")) == (1, [[0]])
+
+
+_HANGING = {
+    "import": "time.sleep(3600)",
+    "init": "def on_init(mode): time.sleep(3600)",
+    "log": "def on_log(values): time.sleep(3600)",
+    "finish": "def on_finish(): time.sleep(3600)",
+}
+
+
+@pytest.mark.parametrize("twist", _HANGING.values(), ids=_HANGING.keys())
+def test_a_wandb_that_hangs_is_ended_in_time(
+    twist: str, tmp_path: Path, fake_wandb: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("holdfast.trainer.trackers._FINISH_GRACE_S", 0.5)
+    fake_wandb(twist)
+    tracker = _tracker(tmp_path, finish_timeout_s=0.5)
+    assert _run(tracker, _report(1)) < 5.0
+    assert len(caplog.records) >= 1
+
+
+def test_logging_takes_microseconds_though_wandb_hangs(
+    tmp_path: Path, fake_wandb: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_wandb("def on_log(values): time.sleep(3600)")
+    tracker = _tracker(tmp_path, capacity=500, finish_timeout_s=0.2)
+    tracker.start()
+    took_s = []
+    for step in range(1, 5001):
+        report, began_s = _report(step), time.perf_counter()
+        tracker.log_step(report)
+        took_s.append(time.perf_counter() - began_s)
+    # Far above what it takes (1 us), far below what any waiting would: the machine may be busy.
+    assert statistics.median(took_s) < 100e-6
+    tracker.finish()
+    assert tracker.dropped > 0
+    assert f"W&B lacks {tracker.dropped} records it was too slow for" in caplog.text
+
+
+def test_a_record_that_is_refused_costs_that_record_and_one_warning(
+    tmp_path: Path, fake_wandb: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_wandb("""
+        def on_log(values):
+            if values["train/step"] < 3:
+                raise ValueError("what is this?")
+    """)
+    _run(_tracker(tmp_path), *(_report(step) for step in range(1, 5)))
+    assert [values["train/step"] for (values,) in _calls(tmp_path, "log")] == [3, 4]
+    assert [r.message for r in caplog.records] == ["W&B refused a record, and maybe more: ValueError: what is this?"]
+
+
+def test_a_wandb_that_dies_half_way_is_off_from_there_on(
+    tmp_path: Path, fake_wandb: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_wandb("def on_log(values): os.kill(os.getpid(), 9)")
+    tracker = _tracker(tmp_path)
+    tracker.start()
+    tracker.log_step(_report(1))
+    _wait_for(lambda: tracker.log_step(_report(2)) or tracker._is_off)  # type: ignore[func-returns-value]
+    tracker.finish()
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("W&B is off from here on: ")
+
+
+def test_the_death_of_the_driver_ends_the_run_in_wandb_and_the_helper(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("")
+    child = os.posix_spawn(sys.executable, [sys.executable, "-c", _DRIVER, str(tmp_path), *sys.path], os.environ)
+    os.waitpid(child, 0)
+    _wait_for(lambda: (tmp_path / "calls").exists() and _calls(tmp_path, "finish") == [[1]])
+    helper = int((tmp_path / "helper").read_text())
+    _wait_for(lambda: not _is_alive(helper))
+
+
+_DRIVER = """
+import os, sys, time
+from pathlib import Path
+folder, sys.path[:] = Path(sys.argv[1]), sys.argv[2:]
+from holdfast.trainer.trackers import WandbPlan, WandbTracker
+tracker = WandbTracker(WandbPlan("r", "p", str(folder), "offline", 10.0, 10.0), attempt=1)
+tracker.start()
+while not (folder / "calls").exists():
+    time.sleep(0.01)
+(folder / "helper").write_text(str(tracker._helper.pid))
+os.kill(os.getpid(), 9)
+"""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def _wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+# -- the real one -----------------------------------------------------------------------------------------------------
+
+
+def test_a_real_offline_run_without_a_network_holds_every_step_and_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "WANDB_BASE_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tracker = _tracker(tmp_path, init_timeout_s=30.0)
+    ended = RunEnded("stopped", 3, 1.0, 1, 1, 75)
+    _run(tracker, _report(1), _report(2), _FAULT, _report(2, epoch=2), _DONE, _report(3), StopRequested("x"), ended)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+    (file,) = (tmp_path / "wandb").glob("offline-run-*-run-1/run-run-1.wandb")
+    records = list(_records(file.read_bytes()))
+    history = [
+        {item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.WhichOneof("record_type") == "history"
+    ]
+    losses = [(h["train/step"], h["train/loss"]) for h in history if "train/loss" in h]
+    assert losses == [(1, 2.125), (2, 2.125), (2, 2.25), (3, 2.125)]
+    assert {h["attempt"] for h in history} == {2}
+    assert [r.metric.step_metric for r in records if r.metric.glob_name == "*"] == ["train/step"]
+    assert [r.alert.title for r in records if r.alert.title] == ["fault 1", "recovered from fault 1"]
+    assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [75]
+
+
+def _records(data: bytes) -> Iterator[Any]:
+    """W&B's transaction log: a header of 7 bytes, then LevelDB's log format with protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        left_in_block = 32768 - at % 32768
+        if left_in_block < 7:
+            at += left_in_block
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record

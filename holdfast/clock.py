@@ -36,6 +36,8 @@ class FakeClock:
         return self._now
 
     def sleep(self, seconds: float) -> None:
+        if seconds < 0:
+            raise ValueError("sleep length must be non-negative")  # as time.sleep says
         self._now += seconds
 
     advance = sleep

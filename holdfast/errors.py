@@ -43,7 +43,17 @@ __all__ = [
 
 
 class HoldfastError(Exception):
-    """Base of every error that Holdfast raises on purpose."""
+    """Base of every error that Holdfast raises on purpose. A copy, in this or another process, has all its fields."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Python's own way would call __init__ with the message alone.
+        return _revive, (type(self), self.args, self.__dict__)
+
+
+def _revive(kind: type[HoldfastError], args: tuple[object, ...], fields: dict[str, object]) -> HoldfastError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class ConfigurationError(HoldfastError, ValueError):

@@ -7,9 +7,8 @@ declared in ``NAMES`` so that a misspelled one is an error where it is armed, no
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 from holdfast.errors import ConfigurationError
 

@@ -17,7 +17,7 @@ from holdfast.types import RankState, StateSlice
 __all__ = ["CHUNK_BYTES", "Plan", "byte_view"]
 
 CHUNK_BYTES = 4 << 20
-"""Copied between two looks at the fence: about a millisecond. Between 256 KiB and 16 MiB the size makes no difference."""
+"""Copied between two looks at the fence: about a millisecond. From 256 KiB to 16 MiB the size makes no difference."""
 
 
 def byte_view(tensor: Tensor) -> Tensor:

@@ -241,12 +241,7 @@ def _seen(arena: Arena, since: int) -> Json:
         "reports": [asdict(report) for report in reports],
         "next_seq": next_seq,
         "versions": [
-            {
-                "version": slot.version,
-                "epoch": slot.epoch,
-                "state": slot.state.name,
-                "pinned": slot.is_pinned or slot.is_kept,
-            }
+            {"version": slot.version, "epoch": slot.epoch, "state": slot.state.name, "kept": slot.is_kept}
             for slot in slots
         ],
     }

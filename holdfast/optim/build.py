@@ -43,10 +43,12 @@ def build_optimizer(config: OptimConfig, params: ParamsT) -> torch.optim.Optimiz
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices and embeddings decay, vectors and scalars do not.
+    """Trainable parameters in groups: matrices and embeddings decay, vectors and scalars do not; and in each of the
+    two, large parameters apart from small ones.
 
-    Order is kept and a group without parameters is left out. Needs the parameters' own shapes, so call it before
-    anything flattens or shards them.
+    The second division decides about 8 bits once and for all by a parameter's own size: ZeRO makes one flat tensor
+    of each group and shows the optimizer a share of it. Order is kept and a group without parameters is left out.
+    Call it before anything flattens or shards the parameters.
 
     Raises: ConfigurationError when no parameter is trainable.
     """
@@ -54,10 +56,19 @@ def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], config: Opt
     if not trainable:
         raise ConfigurationError("no parameter requires a gradient; unfreeze at least one")
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in trainable if (p.ndim >= 2, p.numel() >= config.min_8bit_size) == (decays, is_large)],
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "min_8bit_size": 0 if is_large else _NEVER,
+        }
+        for decays in (True, False)
+        for is_large in (True, False)
     ]
     return [group for group in groups if group["params"]]
+
+
+_NEVER = 2**62
+"""More elements than any tensor has."""
 
 
 def ensure_state(optimizer: torch.optim.Optimizer) -> None:

@@ -87,7 +87,7 @@ def copy_state(state: Mapping[str, Any], device: torch.device) -> ParamState:
 def _layout(param: Tensor, eight_bit: bool, block_size: int) -> _Layout:
     shape, blocks = tuple(param.shape), block_count(param.numel(), block_size)
     if not eight_bit:
-        return {moment: (torch.float32, shape, 0) for moment in MOMENTS}
+        return dict.fromkeys(MOMENTS, (torch.float32, shape, 0))
     layout: _Layout = {}
     for moment, signed in MOMENTS.items():
         layout[f"{moment}_codes"] = (torch.uint8, shape, zero_code(signed))

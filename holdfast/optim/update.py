@@ -118,7 +118,7 @@ def adamw8bit_update(param: Tensor, grad: Tensor, moments: BlockwiseMoments, by:
 def _usable(grad: Tensor) -> Tensor | None:
     """Elements whose gradient can be used, or None for all of them. Comparisons with NaN are false."""
     low, high = grad.aminmax()
-    if -_LARGEST_GRADIENT <= float(low) and float(high) <= _LARGEST_GRADIENT:
+    if float(low) >= -_LARGEST_GRADIENT and float(high) <= _LARGEST_GRADIENT:
         return None
     return grad.abs() <= _LARGEST_GRADIENT
 

@@ -1,4 +1,4 @@
-"""A writer killed at every system call it makes, and at any time: readers see the old content or the new, never a part."""
+"""A writer killed at every system call it makes, and at any time: readers see old content or new, never a part."""
 
 from __future__ import annotations
 

@@ -207,7 +207,9 @@ def calm_down(cluster: ModelCluster) -> None:
     elif cluster.finish.outcome == "failed":
         used_up = cluster.supervisor.faults > cluster.recovery.max_failures
         require(cluster.finish.exit_code == (1 if used_up else 93), f"{cluster.finish} is not what the faults allow")
-    require(cluster.supervisor.state is (State.FAILED if cluster.finish.outcome == "failed" else State.FINISHED), "state")
+    require(
+        cluster.supervisor.state is (State.FAILED if cluster.finish.outcome == "failed" else State.FINISHED), "state"
+    )
 
 
 HostileWorld.TestCase.settings = settings(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 
@@ -216,7 +217,7 @@ def test_no_record_is_torn_while_another_process_writes_as_fast_as_it_can() -> N
                 reports, seq = arena.board.reports(seq)
                 for report in reports:
                     assert len(set(asdict(report).values())) == 1, report
-                assert all(a.step < b.step for a, b in zip(reports, reports[1:], strict=False))
+                assert all(a.step < b.step for a, b in pairwise(reports))
                 if reports and not seen:
                     end = time.monotonic() + 1.0
                 seen += len(reports)

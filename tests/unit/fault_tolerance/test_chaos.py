@@ -112,7 +112,11 @@ def test_everything_wrong_is_reported_at_once() -> None:
 
 
 def test_a_schedule_keeps_its_order() -> None:
-    entries = ["sigkill rank=1 step=2 at=step.begin", "keeper_sigkill node=0 step=3", "hang rank=0 step=1 at=step.begin"]
+    entries = [
+        "sigkill rank=1 step=2 at=step.begin",
+        "keeper_sigkill node=0 step=3",
+        "hang rank=0 step=1 at=step.begin",
+    ]
     assert [str(fault) for fault in chaos.parse_all(entries)] == entries
     assert chaos.parse_all([]) == ()
 

@@ -13,7 +13,7 @@ from holdfast import failpoints
 from holdfast.errors import Abort, InsufficientShards, InvariantViolation, ManifestMismatch, ShardCorrupt, SnapshotError
 from holdfast.fault_tolerance import capture
 from holdfast.fault_tolerance.arena import Arena
-from holdfast.fault_tolerance.buffer import Bytes, BufferState
+from holdfast.fault_tolerance.buffer import BufferState, Bytes
 from holdfast.fault_tolerance.snapshot import (
     ArenaSnapshotter,
     MemorySnapshotter,

@@ -222,7 +222,7 @@ def test_what_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path, monkeypatc
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "listdir", listdir)
-    with pytest.raises(SnapshotError, match="cannot list .*Permission denied"):
+    with pytest.raises(SnapshotError, match=r"cannot list .*Permission denied"):
         DirectoryStorage(tmp_path).list("")
 
 

@@ -362,7 +362,7 @@ def test_all_problems_of_a_group_are_reported_together_and_the_group_is_not_take
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])
 def test_parameters_that_fp32_cannot_represent_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ConfigurationError, match="parameter 0 of group 0 is torch.*leave others to torch.optim"):
+    with pytest.raises(ConfigurationError, match=r"parameter 0 of group 0 is torch.*leave others to torch\.optim"):
         AdamW8bit([nn.Parameter(torch.zeros(3, dtype=dtype))])
 
 
@@ -372,7 +372,7 @@ def test_a_sparse_gradient_is_refused_before_anything_changes() -> None:
     before = dense.detach().clone()
     dense.grad = torch.ones(_LARGE)
     embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(ConfigurationError, match="parameter 1 of group 0 has a gradient of layout torch.sparse_coo"):
+    with pytest.raises(ConfigurationError, match=r"parameter 1 of group 0 has a gradient of layout torch\.sparse_coo"):
         optimizer.step()
     assert torch.equal(dense, before) and not optimizer.state.get(dense)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +168,8 @@ print(hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in (p, q, *stat
 
 
 @pytest.fixture(scope="module")
-def digest_with_the_best_kernels() -> Iterator[str]:
-    yield _digest({})
+def digest_with_the_best_kernels() -> str:
+    return _digest({})
 
 
 def _digest(env: dict[str, str]) -> str:

@@ -1,0 +1,54 @@
+"""What every benchmark prints: medians with quartiles, ratios, and a dated record with command and versions."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["quartiles", "table", "write_record"]
+
+_PACKAGES = ("holdfast", "torch", "deepspeed", "ray", "numpy", "pyarrow", "xxhash")
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def versions() -> Mapping[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_record(theme: str, title: str, body: str, *, hardware: str = "") -> Path:
+    """Print the record and write ``records/<theme>_<hardware>_<yyyymm>.md`` beside this file."""
+    today = datetime.date.today()
+    hardware = hardware or f"cpu{os.cpu_count()}"
+    command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    known = ", ".join(f"{name} {version}" for name, version in versions().items())
+    text = f"# {title}\n\n{today.isoformat()}, `{command}`, {os.cpu_count()} cores, Python {platform.python_version()}, {known}.\n\n{body}\n"
+    print(text)
+    path = Path(__file__).parent / "records" / f"{theme}_{hardware}_{today:%Y%m}.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path

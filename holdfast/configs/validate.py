@@ -1,0 +1,389 @@
+"""What a configuration must obey before any process starts. All problems are found together; no torch, no Hydra."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from holdfast import knobs
+from holdfast.configs.options import enum_of, kinds
+from holdfast.configs.plain import from_plain, to_plain
+from holdfast.configs.schema import LaunchKind, RunConfig
+from holdfast.errors import ConfigurationError
+from holdfast.fault_tolerance.board import MAX_BUFFERS
+from holdfast.fault_tolerance.chaos import ChaosFault, Target, parse, parse_all
+from holdfast.optim.config import OptimName
+from holdfast.optim.config import check as check_optim
+from holdfast.trainer.config import DataSource
+from holdfast.trainer.sizing import check as check_model
+from holdfast.trainer.sizing import parameter_count
+
+__all__ = ["Host", "check", "keeper_limit_bytes", "refuse_bad", "state_bytes", "this_host"]
+
+_GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the machine of the driver has to offer."""
+
+    free_bytes: int
+    """Memory that processes started now may take."""
+    ray_address: str = ""
+    """The cluster that RAY_ADDRESS names."""
+
+
+def this_host() -> Host:
+    """The machine this process runs on, at this moment; inside a container no more than the container may use."""
+    free_bytes = min(psutil.virtual_memory().available, _container_free_bytes(Path("/sys/fs/cgroup")))
+    return Host(int(free_bytes), knobs.ray_address() or "")
+
+
+def refuse_bad(config: RunConfig) -> None:
+    """Raises: ConfigurationError with everything that is wrong with ``config`` on this machine."""
+    problems = check(config, this_host()) + _missing_files(config)
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def check(config: RunConfig, host: Host) -> list[str]:
+    """Everything that is wrong with ``config``, one sentence each; empty when the run may start. Pure."""
+    wrong_types = _type_problems(config)
+    if wrong_types:
+        return wrong_types  # nothing else can be judged
+    return [problem for part in _PARTS for problem in part(config)] + _memory_problems(config, host)
+
+
+# -- values, one by one -----------------------------------------------------------------------------------------------
+
+
+def _type_problems(config: RunConfig) -> list[str]:
+    """Hydra checks types; a config made in Python has been checked by nobody."""
+    try:
+        from_plain(to_plain(config))
+    except ConfigurationError as error:
+        return list(error.problems)
+    return [
+        f"{key}={_value(config, key)!r} must be a member of {members.__name__}, not its name"
+        for key, members in ((key, enum_of(key)) for key in kinds())
+        if members is not None and not isinstance(_value(config, key), members)
+    ]
+
+
+def _value(config: RunConfig, key: str) -> Any:  # of whatever type the key has
+    return reduce(getattr, key.split("."), config)
+
+
+def _single_values(config: RunConfig) -> Iterator[str]:
+    for key, (holds, rule) in _RULES.items():
+        value = _value(config, key)
+        if not holds(value):
+            yield f"{key}={value!r} must be {rule}"
+
+
+def _is_at_least(least: int, value: int) -> bool:
+    return value >= least
+
+
+def _is_duration(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _is_name(value: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", value) is not None
+
+
+def _is_name_or_empty(value: str) -> bool:
+    return not value or _is_name(value)
+
+
+def _is_absolute_or_empty(value: str) -> bool:
+    return not value or Path(value).is_absolute()
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+_SEED: _Rule = (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
+_COUNT: _Rule = (partial(_is_at_least, 0), "at least 0")
+_POSITIVE_COUNT: _Rule = (partial(_is_at_least, 1), "at least 1")
+_SECONDS: _Rule = (_is_duration, "a positive number of seconds")
+_NAME = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
+_ABSOLUTE = "absolute, because each process resolves a relative path against a folder of its own"
+
+_RULES: Mapping[str, _Rule] = {
+    "project": (_is_name, _NAME),
+    "root": (_is_absolute_or_empty, _ABSOLUTE),
+    "run_id": (_is_name_or_empty, f"{_NAME}; leave it empty for a new name"),
+    "resume": (_is_name, "auto, must, never, or the id of a run"),
+    "seed": _SEED,
+    "trainer.max_steps": _POSITIVE_COUNT,
+    "trainer.global_batch": _POSITIVE_COUNT,
+    "trainer.micro_batch": _POSITIVE_COUNT,
+    "trainer.log_every": _POSITIVE_COUNT,
+    "trainer.eval_every": (partial(_is_at_least, 0), "at least 0, where 0 evaluates at the end only"),
+    "trainer.generate_bytes": _COUNT,
+    "data.seq_len": _POSITIVE_COUNT,
+    "data.validation_share": (lambda v: 0 < v < 1, "between 0 and 1, both excluded: both parts need text"),
+    "data.cache": (_is_absolute_or_empty, _ABSOLUTE),
+    "parallel.zero_stage": (lambda v: 0 <= v <= 3, "0, 1, 2 or 3"),
+    "parallel.collective_timeout_s": _SECONDS,
+    "parallel.bucket_elements": _POSITIVE_COUNT,
+    "snapshot.every_steps": _POSITIVE_COUNT,
+    "snapshot.buffers": (
+        lambda v: 3 <= v <= MAX_BUFFERS,
+        (
+            f"from 3 to {MAX_BUFFERS}: one buffer holds what all ranks can go back to, one the version that is "
+            "not yet known to be complete everywhere, one is being filled"
+        ),
+    ),
+    "snapshot.memory_limit_gb": (lambda v: 0 <= v < math.inf, "at least 0, where 0 means half of what is free"),
+    "snapshot.persist_every_steps": (partial(_is_at_least, 0), "at least 0, where 0 writes one at the end only"),
+    "snapshot.keep_last": (partial(_is_at_least, 2), "at least 2, so that the last good one outlives a bad write"),
+    "recovery.heartbeat_s": _SECONDS,
+    "recovery.suspect_after_s": _SECONDS,
+    "recovery.abort_after_s": _SECONDS,
+    "recovery.start_timeout_s": _SECONDS,
+    "recovery.step_timeout_s": _SECONDS,
+    "recovery.max_failures": _COUNT,
+    "recovery.max_no_progress": _POSITIVE_COUNT,
+    "recovery.stop_grace_s": _SECONDS,
+    "recovery.lease_s": _SECONDS,
+    "launch.nodes": _POSITIVE_COUNT,
+    "launch.workers_per_node": _POSITIVE_COUNT,
+    "launch.spares": _COUNT,
+    "launch.gpus_per_worker": (
+        lambda v: v >= 0 and float(v).is_integer(),
+        "0 or a whole number: ranks that share a GPU cannot form an NCCL group",
+    ),
+    "launch.threads_per_worker": _POSITIVE_COUNT,
+    "tracker.init_timeout_s": _SECONDS,
+    "tracker.finish_timeout_s": _SECONDS,
+}
+"""Rules about one value each; those of ``model`` and ``optim`` live with their owners."""
+
+
+# -- how values fit together ------------------------------------------------------------------------------------------
+
+
+def _world(config: RunConfig) -> int:
+    return config.launch.nodes * config.launch.workers_per_node
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    yield from check_model(config.model)
+    longest = config.model.max_seq_len
+    if config.data.seq_len > longest >= 1:
+        yield (
+            f"data.seq_len={config.data.seq_len} must be at most model.max_seq_len={longest}; "
+            f"try data.seq_len={longest} or raise model.max_seq_len"
+        )
+
+
+def _optim(config: RunConfig) -> Iterator[str]:
+    yield from check_optim(config.optim)
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    source, path = config.data.source, config.data.path
+    if source is DataSource.LOCAL and path:
+        yield f"data.path={path!r} is not read by data=local; add data=text, data=jsonl or data=parquet"
+    if source is not DataSource.LOCAL and not path:
+        yield f"data.path is empty, but data={source.value} needs it: data.path=<file or directory>"
+    if source in (DataSource.JSONL, DataSource.PARQUET) and not config.data.field:
+        yield f"data.field is empty, but data={source.value} needs the name of the field that holds the text"
+
+
+def _missing_files(config: RunConfig) -> list[str]:
+    path = config.data.path
+    if config.data.source is DataSource.LOCAL or not path or Path(path).exists():
+        return []
+    return [f"data.path={path!r} does not exist on this machine, which reads it before the workers start"]
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    batch, micro, world = config.trainer.global_batch, config.trainer.micro_batch, _world(config)
+    if min(batch, micro, world) < 1:
+        return  # reported already
+    unit = micro * world
+    if batch % unit:
+        near = [str(near) for near in (batch - batch % unit, batch - batch % unit + unit) if near]
+        advice = f"try trainer.global_batch={' or '.join(near)}"
+        if batch % world == 0:
+            fitting = max(size for size in range(1, micro + 1) if batch // world % size == 0)
+            advice += f", or trainer.micro_batch={fitting}"
+        yield (
+            f"trainer.global_batch={batch} must be a multiple of trainer.micro_batch x ranks = "
+            f"{micro} x {world} = {unit}; {advice}"
+        )
+    if config.trainer.eval_windows < world:
+        yield (
+            f"trainer.eval_windows={config.trainer.eval_windows} must be at least the number of ranks, {world}: "
+            f"each evaluates equally many; try trainer.eval_windows={4 * world}"
+        )
+
+
+def _snapshots(config: RunConfig) -> Iterator[str]:
+    every, persist = config.snapshot.every_steps, config.snapshot.persist_every_steps
+    if every >= 1 and persist > 0 and persist % every:
+        yield (
+            f"snapshot.persist_every_steps={persist} must be a multiple of snapshot.every_steps={every}, because "
+            f"checkpoints are written from snapshots; try snapshot.persist_every_steps={-(-persist // every) * every}"
+        )
+
+
+def _deadlines(config: RunConfig) -> Iterator[str]:
+    recovery = config.recovery
+    if not all(map(_is_duration, (recovery.heartbeat_s, recovery.suspect_after_s, recovery.step_timeout_s))):
+        return  # reported already
+    if not recovery.heartbeat_s < recovery.suspect_after_s:
+        yield (
+            f"recovery.heartbeat_s={recovery.heartbeat_s} must be below recovery.suspect_after_s="
+            f"{recovery.suspect_after_s}, or every rank counts as frozen; "
+            f"try recovery.heartbeat_s={recovery.suspect_after_s / 50:g}"
+        )
+    if not recovery.suspect_after_s < recovery.step_timeout_s:
+        yield (
+            f"recovery.suspect_after_s={recovery.suspect_after_s} must be below recovery.step_timeout_s="
+            f"{recovery.step_timeout_s}, or a frozen rank counts as a slow one; raise recovery.step_timeout_s"
+        )
+
+
+def _launch(config: RunConfig) -> Iterator[str]:
+    launch = config.launch
+    if launch.kind is LaunchKind.PROCESS:
+        for key, value in (("address", launch.address), ("gpus_per_worker", launch.gpus_per_worker)):
+            if value:
+                yield f"launch.{key}={value!r} is for Ray, and launch=process runs without it; use launch=local"
+    if config.run_id and config.resume not in ("auto", "must", "never", config.run_id):
+        yield f"run_id={config.run_id!r} and resume={config.resume!r} name two runs; leave run_id empty"
+
+
+def _chaos(config: RunConfig) -> Iterator[str]:
+    try:
+        parse_all(config.chaos.faults)
+    except ConfigurationError as error:
+        yield from error.problems
+    for entry in config.chaos.faults:
+        with contextlib.suppress(ConfigurationError):  # its problems are among those above
+            yield from _never_happens(parse(entry), config)
+
+
+def _never_happens(fault: ChaosFault, config: RunConfig) -> Iterator[str]:
+    is_keeper = fault.target is Target.KEEPER
+    word, bound = ("node", config.launch.nodes) if is_keeper else ("rank", _world(config))
+    if fault.number >= bound:
+        yield f"chaos fault '{fault}': {word}={fault.number} does not exist; {word}s are 0 to {bound - 1}"
+    is_inside_a_step = not is_keeper and fault.at.startswith("step.")
+    last = config.trainer.max_steps - is_inside_a_step  # no step begins when all are finished
+    if fault.step > last:
+        yield (
+            f"chaos fault '{fault}': step={fault.step} is never reached; "
+            f"the last one is {last} with trainer.max_steps={config.trainer.max_steps}; "
+            "raise that, or inject nothing with 'chaos.faults=[]'"
+        )
+
+
+_PARTS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _single_values,
+    _model,
+    _optim,
+    _data,
+    _batch,
+    _snapshots,
+    _deadlines,
+    _launch,
+    _chaos,
+)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def state_bytes(config: RunConfig) -> int:
+    """Bytes of one snapshot of one rank, to about a percent: fp32 master weights and the optimizer's moments.
+
+    Gradients and low-precision copies of the weights are made anew and never stored. Tensors that are too small for
+    8-bit moments are not told apart. Source: arXiv 1910.02054, section 5; two codes and two fp32 scales per block.
+    """
+    is_8bit = config.optim.name is OptimName.ADAMW8BIT
+    moments = 2 + 8 / config.optim.block_size if is_8bit else 8
+    shards = _world(config) if config.parallel.zero_stage >= 1 else 1
+    return math.ceil(parameter_count(config.model) * (4 + moments) / shards)
+
+
+def keeper_limit_bytes(config: RunConfig, host: Host) -> int:
+    """Memory that each keeper may use: what the user allows, else its share of half of what ``host`` has free."""
+    if config.snapshot.memory_limit_gb > 0:
+        return int(config.snapshot.memory_limit_gb * _GB)
+    return host.free_bytes // 2 // (config.launch.nodes if _is_one_host(config, host) else 1)
+
+
+def _is_one_host(config: RunConfig, host: Host) -> bool:
+    return config.launch.kind is LaunchKind.PROCESS or not (config.launch.address or host.ray_address)
+
+
+def _memory_problems(config: RunConfig, host: Host) -> list[str]:
+    """Refused here, snapshots cannot end a run hours later. On a cluster only the user's own limit is known."""
+    if check_model(config.model) or check_optim(config.optim) or _world(config) < 1:
+        return []  # reported already
+    per_node = state_bytes(config) * config.snapshot.buffers * config.launch.workers_per_node
+    limit_gb, is_one_host = config.snapshot.memory_limit_gb, _is_one_host(config, host)
+    problems = []
+    if limit_gb > 0 and per_node > keeper_limit_bytes(config, host):
+        problems.append(
+            f"snapshot.memory_limit_gb={limit_gb} must be at least {math.ceil(per_node / _GB * 100) / 100}: "
+            f"{_need(config)} take {per_node:,} bytes per node"
+        )
+    allowed = host.free_bytes if limit_gb > 0 else host.free_bytes // 2
+    if is_one_host and per_node * config.launch.nodes > allowed:
+        share = "" if limit_gb > 0 else "half of "
+        problems.append(
+            f"snapshots need {per_node * config.launch.nodes:,} bytes of host memory ({_need(config)} on "
+            f"launch.nodes={config.launch.nodes}), and {share}the {host.free_bytes:,} bytes that are free "
+            f"{'are' if limit_gb > 0 else 'is'} not enough; {_way_out(config)}"
+        )
+    return problems
+
+
+def _need(config: RunConfig) -> str:
+    return (
+        f"snapshot.buffers={config.snapshot.buffers} of {state_bytes(config):,} bytes for each of "
+        f"launch.workers_per_node={config.launch.workers_per_node} ranks"
+    )
+
+
+def _way_out(config: RunConfig) -> str:
+    ways = ["choose a smaller model"]
+    if config.parallel.zero_stage == 0 and _world(config) > 1:
+        ways.append("shard the state with parallel=zero2")
+    if config.optim.name is not OptimName.ADAMW8BIT:
+        ways.append("keep 8-bit moments with optim=adamw8bit")
+    if config.snapshot.buffers > 3:
+        ways.append("lower snapshot.buffers to 3")
+    if config.snapshot.memory_limit_gb == 0:
+        ways.append("set snapshot.memory_limit_gb to use more than half")
+    return ", ".join(ways[:-1]) + " or " + ways[-1] if len(ways) > 1 else ways[0]
+
+
+def _container_free_bytes(cgroup: Path) -> float:
+    """What the container's limit leaves, page cache that can be dropped included; infinite without a limit."""
+    v1 = cgroup / "memory"
+    for limit, used, cache in (
+        (cgroup / "memory.max", cgroup / "memory.current", cgroup / "memory.stat"),
+        (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes", v1 / "memory.stat"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
+            return max(0, int(limit.read_text()) - int(used.read_text()) + _droppable(cache.read_text()))
+    return math.inf
+
+
+def _droppable(memory_stat: str) -> int:
+    found = re.search(r"^(?:total_)?inactive_file (\d+)$", memory_stat, re.MULTILINE)
+    return int(found[1]) if found else 0

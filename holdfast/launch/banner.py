@@ -1,0 +1,47 @@
+"""The first screenful: what is about to run, where, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from holdfast import knobs
+from holdfast.configs import validate
+from holdfast.configs.schema import LaunchKind, RunConfig
+from holdfast.launch.identity import versions
+from holdfast.launch.run_dir import RunDir
+from holdfast.launch.wording import size
+from holdfast.trainer import corpus
+from holdfast.trainer.sizing import parameter_count
+from holdfast.trainer.token_store import TokenStore
+
+__all__ = ["banner"]
+
+
+def banner(config: RunConfig, run_dir: RunDir, attempt: int, store: TokenStore, how: str) -> Mapping[str, str]:
+    """Facts in the order they are shown."""
+    facts = {
+        "run": f"{run_dir.run_id}  attempt {attempt}\n" + ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "devices": _devices(config),
+        "memory": _memory(config),
+        "data": corpus.describe(store),
+        "resume": how,
+        "look": f"tail -f {run_dir.events_file}",
+    }
+    set_knobs = ", ".join(f"{name}={value}" for name, value in knobs.set_knobs().items())
+    return {**facts, "environ": set_knobs} if set_knobs else facts
+
+
+def _devices(config: RunConfig) -> str:
+    launch, parallel = config.launch, config.parallel
+    device = "gpu, nccl" if launch.gpus_per_worker else "cpu, gloo"
+    started = "Ray" if launch.kind is LaunchKind.LOCAL else "processes"
+    return (
+        f"{launch.nodes} nodes x {launch.workers_per_node} ranks ({started}), {launch.spares} spare, {device}; "
+        f"zero={parallel.zero_stage} {parallel.precision.value}; model {config.model.name} "
+        f"{parameter_count(config.model) / 1e6:.2f} M parameters, {config.optim.name.value}"
+    )
+
+
+def _memory(config: RunConfig) -> str:
+    state = validate.state_bytes(config)
+    return f"state {size(state)}/rank; snapshots {config.snapshot.buffers} x {size(state)} per rank in the keepers"

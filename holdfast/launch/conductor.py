@@ -1,0 +1,377 @@
+"""Carries the supervisor's actions out. Decides nothing: what to do next is the machine's answer to what happened."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from holdfast.clock import Clock
+from holdfast.configs.schema import RunConfig
+from holdfast.events import Evaluated, EventSink
+from holdfast.fault_tolerance import messages as m
+from holdfast.fault_tolerance.machine import Supervisor
+from holdfast.fault_tolerance.policy import DO_NOT_RESTART
+from holdfast.launch.calls import Calls, Gathered
+from holdfast.launch.durable import DurableTier
+from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
+from holdfast.launch.pulse import Pulse
+from holdfast.launch.worker import EpochPlan
+from holdfast.types import StepReport
+
+__all__ = ["Conductor", "ProcessSpecs", "Verdict"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_PULSE_S = 0.1
+_DRAIN_S = 1.0
+_NO_ANSWER_S = 60.0
+"""Deadline of a keeper's or worker's answer to anything but training."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpecs:
+    """What a process is told when it starts; JSON values."""
+
+    worker: Mapping[str, object]
+    keeper: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the run ended."""
+
+    outcome: str
+    exit_code: int
+    reason: str
+    step: int
+    """Steps finished, if the run failed or reached its goal; steps saved, -1 for none, if it was stopped."""
+    faults: int
+    steps_lost: int
+    findings: Mapping[str, object]
+    """What rank 0 concluded: bits per byte, generated text, weights."""
+
+
+def _worker(number: int) -> Address:
+    return Address(Role.WORKER, number)
+
+
+def _keeper(node: int) -> Address:
+    return Address(Role.KEEPER, node)
+
+
+class Conductor:
+    """One run, from the first process to the verdict. Everything happens in the thread that calls ``run``."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        fleet: Fleet,
+        supervisor: Supervisor,
+        specs: ProcessSpecs,
+        durable: DurableTier,
+        run_dir: Path,
+        events: EventSink,
+        on_step: Callable[[StepReport], None],
+        clock: Clock,
+    ) -> None:
+        self._config, self._fleet, self._supervisor, self._specs = config, fleet, supervisor, specs
+        self._durable, self._run_dir, self._events, self._clock = durable, run_dir, events, clock
+        self._calls = Calls(fleet)
+        self._pulse = Pulse(
+            self._calls, interval_s=_PULSE_S, silence_s=config.recovery.suspect_after_s, on_step=on_step
+        )
+        self._keepers: set[int] = set()
+        self._workers_of_ranks: dict[int, int] = {}
+        self._result: dict[str, object] = {}
+        self._verdict: m.Finish | None = None
+        self._stop_reason: str | None = None
+        self._drain_due_s = 0.0
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """Any thread or a signal handler: end gracefully."""
+        self._stop_reason = reason
+
+    def run(self) -> Verdict:
+        """Until the machine has finished and what must be kept is on disk."""
+        self._perform(self._supervisor.start(self._clock.now()))
+        while self._verdict is None:
+            self._turn()
+            self._after_turn()
+        self._settle(self._verdict)
+        return Verdict(
+            outcome=self._verdict.outcome,
+            exit_code=self._verdict.exit_code,
+            reason=self._verdict.reason,
+            step=self._durable.newest_step if self._verdict.outcome == "stopped" else self._last_step(),
+            faults=self._supervisor.faults,
+            steps_lost=self._supervisor.steps_lost,
+            findings=self._result,
+        )
+
+    def _turn(self) -> None:
+        for report in self._fleet.poll(_POLL_S):
+            if isinstance(report, Lost):
+                self._lost(report)
+            else:
+                self._calls.complete(report)
+        now = self._clock.now()
+        self._calls.expire(now)
+        self._pulse.ask(self._keepers, now)
+        for node, error in self._pulse.silent:
+            self._keeper_silent(node, error)
+        self._pulse.silent.clear()
+
+    def _after_turn(self) -> None:
+        if self._stop_reason is not None:
+            reason, self._stop_reason = self._stop_reason, None
+            self._tell(m.StopAsked(reason))
+        by_worker = {w: self._pulse.beats[r] for r, w in self._workers_of_ranks.items() if r in self._pulse.beats}
+        self._tell(m.Beats(by_worker))
+        self._tell(m.Tick())
+        self._durable.persist_if_due(self._pulse.versions, self._calls, self._keeper_of)
+        self._drain_if_due(self._clock.now())
+
+    def _drain_if_due(self, now: float) -> None:
+        """Fetch what has happened at rank 0 besides steps."""
+        if self._config.trainer.eval_every and 0 in self._workers_of_ranks and now >= self._drain_due_s:
+            self._drain_due_s = now + _DRAIN_S
+            self._calls.ask(_worker(self._workers_of_ranks[0]), "drain", then=self._drained)
+
+    def _drained(self, answer: Completion) -> None:
+        for note in cast(Sequence[Mapping[str, Any]], answer.result or ()):
+            self._events.emit(Evaluated(**note))
+
+    def _tell(self, message: m.Message) -> None:
+        self._perform(self._supervisor.handle(message, self._clock.now()))
+
+    def _perform(self, actions: Sequence[m.Action]) -> None:
+        for action in actions:
+            _HANDLERS[type(action)](self, action)
+
+    def _last_step(self) -> int:
+        return max((beat.step for beat in self._pulse.beats.values()), default=0)
+
+    # -- processes ------------------------------------------------------------------------------------------------
+
+    def _lost(self, lost: Lost) -> None:
+        self._calls.forget(lost.target)
+        if lost.target.role is Role.KEEPER:
+            self._keeper_gone(lost.target.number, lost.cause)
+        else:
+            self._worker_gone(lost.target.number, lost.cause)
+
+    def _worker_gone(self, worker: int, cause: str) -> None:
+        ranks = [r for r, w in self._workers_of_ranks.items() if w == worker]
+        seen = max((self._pulse.beats[r].beat_s for r in ranks if r in self._pulse.beats), default=self._clock.now())
+        self._tell(m.WorkerLost(worker, cause, seen))
+
+    def _keeper_silent(self, node: int, error: str) -> None:
+        if node in self._keepers:
+            self._fleet.kill(_keeper(node))
+            self._calls.forget(_keeper(node))
+            self._keeper_gone(node, f"keeper of node {node}: {error.splitlines()[0]}")
+
+    def _keeper_gone(self, node: int, cause: str) -> None:
+        self._keepers.discard(node)
+        for rank in self._ranks_of(node):
+            self._pulse.forget_rank(rank)
+        self._durable.abandon()
+        self._tell(m.KeeperLost(node, cause))
+
+    def _ranks_of(self, node: int) -> range:
+        per_node = self._config.launch.workers_per_node
+        return range(node * per_node, (node + 1) * per_node)
+
+    def _keeper_of(self, rank: int) -> Address:
+        return _keeper(rank // self._config.launch.workers_per_node)
+
+    def _start_worker(self, action: m.StartWorker) -> None:
+        target = _worker(action.worker)
+
+        def then(answer: Completion) -> None:
+            if answer.error is None:
+                pid = int(cast(Mapping[str, Any], answer.result)["pid"])
+                self._tell(m.WorkerReady(action.worker, action.node, pid))
+            else:
+                self._fleet.kill(target)
+                self._worker_gone(action.worker, answer.error)
+
+        self._calls.track(self._fleet.start(target, action.node, self._specs.worker), target, then)
+
+    def _start_keeper(self, action: m.StartKeeper) -> None:
+        target = _keeper(action.node)
+
+        def then(answer: Completion) -> None:
+            if answer.error is None:
+                self._keepers.add(action.node)
+                self._tell(m.KeeperReady(action.node))
+            else:
+                self._fleet.kill(target)
+                self._keeper_gone(action.node, answer.error)
+
+        spec = {**self._specs.keeper, "node": action.node}
+        self._calls.track(self._fleet.start(target, action.node, spec), target, then)
+
+    def _kill_worker(self, action: m.KillWorker) -> None:
+        logger.info("worker %d is killed: %s", action.worker, action.reason)
+        self._fleet.kill(_worker(action.worker))
+        self._calls.forget(_worker(action.worker))
+        self._workers_of_ranks = {r: w for r, w in self._workers_of_ranks.items() if w != action.worker}
+
+    # -- epochs ---------------------------------------------------------------------------------------------------
+
+    def _fence(self, action: m.Fence) -> None:
+        self._durable.abandon()
+        for node in self._keepers:
+            self._calls.tell(_keeper(node), "fence", action.epoch)
+
+    def _abort_worker(self, action: m.AbortWorker) -> None:
+        self._calls.tell(_worker(action.worker), "abort", action.epoch)
+
+    def _stop_epoch(self, action: m.StopEpoch) -> None:
+        for member in self._supervisor.members:
+            self._calls.tell(_worker(member.worker), "stop", action.epoch)
+
+    def _take_inventory(self, action: m.TakeInventory) -> None:
+        """Admit every rank at its keeper, attach its worker, then ask the keepers what they hold."""
+        self._workers_of_ranks = {member.rank: member.worker for member in action.members}
+        members = {member.rank: member for member in action.members}
+        refs: dict[int, object] = {}
+
+        def admitted(rank: int) -> Callable[[Completion], None]:
+            def then(answer: Completion) -> None:
+                if answer.error is None:
+                    refs[rank] = answer.result
+                    if len(refs) == len(members):
+                        attach()
+                else:
+                    self._keeper_silent(members[rank].node, answer.error)
+
+            return then
+
+        def attach() -> None:
+            self._calls.gather(
+                {_worker(mb.worker): ("attach", [mb.rank, refs[mb.rank]]) for mb in action.members},
+                then=lambda _: self._ask_what_is_held(action.epoch),
+                failed=self._failed,
+                deadline_s=self._deadline(),
+            )
+
+        for member in action.members:
+            self._calls.ask(
+                _keeper(member.node), "admit", member.rank, then=admitted(member.rank), deadline_s=self._deadline()
+            )
+
+    def _ask_what_is_held(self, epoch: int) -> None:
+        def then(answers: Gathered) -> None:
+            held = {
+                int(rank): tuple(m.HeldVersion(v["version"], v["epoch"], v["world"]) for v in versions)
+                for answer in answers.values()
+                for rank, versions in cast(Mapping[str, Any], answer).items()
+            }
+            durable, rejected = self._durable.survey()
+            self._tell(m.InventoryTaken(epoch, held, durable, rejected))
+
+        self._ask_keepers("inventory", then=then)
+
+    def _ask_keepers(self, method: str, *args: object, then: Callable[[Gathered], None]) -> None:
+        self._calls.gather(
+            {_keeper(node): (method, args) for node in sorted(self._keepers)},
+            then=then,
+            failed=self._failed,
+            deadline_s=self._deadline(),
+        )
+
+    def _failed(self, answer: Completion) -> None:
+        """A process could not do what an epoch needs: to the supervisor that is a loss."""
+        if answer.target.role is Role.KEEPER:
+            self._keeper_silent(answer.target.number, str(answer.error))
+        else:
+            self._worker_gone(answer.target.number, str(answer.error))
+
+    def _deadline(self) -> float:
+        return self._clock.now() + _NO_ANSWER_S
+
+    def _quarantine(self, action: m.Quarantine) -> None:
+        self._calls.tell(self._keeper_of(action.rank), "quarantine", action.rank, action.version)
+
+    def _load_checkpoint(self, action: m.LoadCheckpoint) -> None:
+        ranks = range(self._config.launch.nodes * self._config.launch.workers_per_node)
+        self._durable.load(
+            action.step,
+            {rank: self._keeper_of(rank) for rank in ranks},
+            self._calls,
+            loaded=lambda: self._tell(m.CheckpointLoaded(action.epoch, action.step)),
+            refused=lambda reason: self._tell(m.CheckpointRefused(action.epoch, action.step, reason)),
+            deadline_s=self._deadline(),
+        )
+
+    def _start_epoch(self, action: m.StartEpoch) -> None:
+        rendezvous = self._run_dir / "rendezvous"
+        rendezvous.mkdir(exist_ok=True)
+        for old in rendezvous.iterdir():
+            old.unlink(missing_ok=True)
+        path = str(rendezvous / f"epoch-{action.epoch}")
+
+        def then(_: Gathered) -> None:
+            for member in action.members:
+                plan = EpochPlan(action.epoch, member.rank, len(action.members), action.version, path)
+                self._calls.ask(
+                    _worker(member.worker), "run_epoch", asdict(plan), then=self._parked(member, action.epoch)
+                )
+
+        self._ask_keepers("forget_above", action.version, then=then)
+
+    def _parked(self, member: m.Member, epoch: int) -> Callable[[Completion], None]:
+        def then(answer: Completion) -> None:
+            if answer.error is not None:
+                return  # a lost process is reported as such
+            parked = cast(Mapping[str, Any], answer.result)
+            outcome = m.Outcome(parked["outcome"])
+            if outcome is m.Outcome.FINISHED and parked["result"]:
+                self._result.update(parked["result"])
+            self._tell(m.WorkerParked(member.worker, epoch, outcome, parked["detail"], parked["version"]))
+
+        return then
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def _announce(self, action: m.Announce) -> None:
+        self._events.emit(action.event)
+
+    def _finish(self, action: m.Finish) -> None:
+        self._verdict = action
+
+    def _settle(self, verdict: m.Finish) -> None:
+        """Bring the newest version that every rank holds to disk, then let the workers go."""
+        end = self._clock.now() + self._config.recovery.stop_grace_s
+        is_trusted = verdict.exit_code != DO_NOT_RESTART
+        if is_trusted and len(self._keepers) == self._config.launch.nodes:
+            self._durable.persist_newest(self._calls, self._keepers, self._keeper_of)
+            while not self._durable.is_idle and self._clock.now() < end:
+                self._turn()
+        for worker in set(self._workers_of_ranks.values()):
+            self._fleet.release(_worker(worker))
+
+
+_HANDLERS: Mapping[type[m.Action], Callable[[Conductor, Any], None]] = {
+    m.StartWorker: Conductor._start_worker,
+    m.StartKeeper: Conductor._start_keeper,
+    m.KillWorker: Conductor._kill_worker,
+    m.Fence: Conductor._fence,
+    m.AbortWorker: Conductor._abort_worker,
+    m.StopEpoch: Conductor._stop_epoch,
+    m.TakeInventory: Conductor._take_inventory,
+    m.Quarantine: Conductor._quarantine,
+    m.LoadCheckpoint: Conductor._load_checkpoint,
+    m.StartEpoch: Conductor._start_epoch,
+    m.Announce: Conductor._announce,
+    m.Finish: Conductor._finish,
+}

@@ -1,0 +1,203 @@
+"""Durable checkpoints of a run: keepers write the bytes, the driver writes the one commit record."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from holdfast.errors import SnapshotError
+from holdfast.events import CheckpointRejected, CheckpointWritten, EventSink
+from holdfast.fault_tolerance import checkpoint
+from holdfast.fault_tolerance.config import SnapshotConfig
+from holdfast.fault_tolerance.messages import HeldVersion
+from holdfast.fault_tolerance.policy import newest_common
+from holdfast.fault_tolerance.storage import open_storage
+from holdfast.launch.calls import Calls, Gathered
+from holdfast.launch.fleet import Address, Completion, Role
+
+__all__ = ["DurableTier"]
+
+logger = logging.getLogger(__name__)
+
+KeeperOf = Callable[[int], Address]
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    step: int
+    """-1 until the keepers have told what they hold."""
+    started_s: float
+
+
+class DurableTier:
+    """One checkpoint at a time; a fault abandons the one in progress, and what it left behind is swept later.
+
+    Made by the driver that holds the run's lease, because files that nobody has finished are removed at once.
+    """
+
+    def __init__(self, uri: str, config: SnapshotConfig, *, world: int, config_digest: str, events: EventSink) -> None:
+        self._uri, self._config, self._world = uri, config, world
+        self._config_digest, self._events = config_digest, events
+        self._storage = open_storage(uri)
+        self._storage.sweep()
+        self._writing: _Writing | None = None
+        self._told: set[str] = set()
+        self._failed_step = -1
+        self.newest_step = -1
+
+    @property
+    def is_idle(self) -> bool:
+        return self._writing is None
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def survey(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Steps of the good checkpoints of this run, newest first, and why others were refused."""
+        try:
+            good, rejected = checkpoint.list_checkpoints(self._storage)
+        except SnapshotError as error:  # memory may have everything that is needed
+            good, rejected = (), (checkpoint.Rejected("checkpoints", str(error)),)
+        usable, refused = [], list(rejected)
+        for found in good:
+            problem = self._unusable(found)
+            if problem:
+                refused.append(checkpoint.Rejected(checkpoint.directory(found.step), problem))
+            else:
+                usable.append(found.step)
+        self.newest_step = max([self.newest_step, *usable])
+        return tuple(usable), tuple(self._tell(one) for one in refused)
+
+    def _tell(self, refused: checkpoint.Rejected) -> str:
+        """The refusal in one line; an event when it is news."""
+        line = f"{refused.name}: {refused.reason}"
+        if line not in self._told:
+            self._told.add(line)
+            self._events.emit(CheckpointRejected(refused.name, refused.reason))
+        return line
+
+    def _unusable(self, found: checkpoint.Checkpoint) -> str:
+        if found.world != self._world:
+            return f"written by {found.world} ranks, this run has {self._world}; run it with {found.world} ranks"
+        if found.config_digest != self._config_digest:
+            return "written with another model, data, optimizer or parallel layout"
+        return ""
+
+    def load(
+        self,
+        step: int,
+        keepers: Mapping[int, Address],
+        calls: Calls,
+        *,
+        loaded: Callable[[], None],
+        refused: Callable[[str], None],
+        deadline_s: float,
+    ) -> None:
+        """Bring a checkpoint into the keepers' memory, each digest verified."""
+        directory, left = checkpoint.directory(step), set(keepers)
+
+        def then(rank: int) -> Callable[[Completion], None]:
+            def answered(answer: Completion) -> None:
+                if not left:  # refused already
+                    return
+                if answer.error is not None:
+                    left.clear()
+                    refused(answer.error.splitlines()[0])
+                    return
+                left.discard(rank)
+                if not left:
+                    loaded()
+
+            return answered
+
+        for rank, keeper in keepers.items():
+            calls.ask(keeper, "load", rank, self._uri, directory, then=then(rank), deadline_s=deadline_s)
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """The membership changed: whatever is being written will not be committed, what failed may be tried again."""
+        self._writing, self._failed_step = None, -1
+
+    def persist_if_due(
+        self, versions: Mapping[int, Sequence[Mapping[str, Any]]], calls: Calls, keeper_of: KeeperOf
+    ) -> None:
+        """Start writing the version that every rank keeps for this purpose, if there is one. A version that could not
+        be written is not tried again: the next one that is due will be."""
+        if self._writing is not None or len(versions) < self._world:
+            return
+        # One epoch, because ranks of different epochs may have computed a step from different parents.
+        kept = [{(v["version"], v["epoch"]) for v in held if v["kept"]} for held in versions.values()]
+        ready = max((version for version, _ in set.intersection(*kept)), default=-1)
+        if ready > max(self.newest_step, self._failed_step):
+            self._persist(ready, calls, keeper_of)
+
+    def persist_newest(self, calls: Calls, keepers: Collection[int], keeper_of: KeeperOf) -> None:
+        """Write the newest version that every rank holds, unless it is on disk already."""
+        self._writing = writing = _Writing(-1, time.monotonic())
+
+        def then(answers: Gathered) -> None:
+            if self._writing is not writing:
+                return
+            held = {
+                int(rank): tuple(HeldVersion(v["version"], v["epoch"], v["world"]) for v in versions)
+                for answer in answers.values()
+                for rank, versions in cast(Mapping[str, Any], answer).items()
+            }
+            version = newest_common(held, self._world)
+            self._writing = None
+            if version is not None and version > max(self.newest_step, 0):
+                self._persist(version, calls, keeper_of)
+
+        calls.gather(
+            {Address(Role.KEEPER, node): ("inventory", ()) for node in keepers},
+            then=then,
+            failed=lambda answer: self._gave_up(writing, answer),
+        )
+
+    def _persist(self, step: int, calls: Calls, keeper_of: KeeperOf) -> None:
+        self._writing = writing = _Writing(step, time.monotonic())
+        directory, receipts = checkpoint.directory(step), dict[int, Mapping[str, Any]]()
+
+        def then(rank: int) -> Callable[[Completion], None]:
+            def answered(answer: Completion) -> None:
+                if answer.error is not None:
+                    self._gave_up(writing, answer)
+                elif self._writing is writing:
+                    receipts[rank] = cast(Mapping[str, Any], answer.result)
+                    if len(receipts) == self._world:
+                        self._commit(writing, receipts)
+
+            return answered
+
+        for rank in range(self._world):
+            calls.ask(keeper_of(rank), "persist", rank, step, self._uri, directory, then=then(rank))
+
+    def _commit(self, writing: _Writing, receipts: Mapping[int, Mapping[str, Any]]) -> None:
+        self._writing = None
+        try:
+            checkpoint.commit(self._storage, writing.step, receipts=receipts, config_digest=self._config_digest)
+        except SnapshotError as error:
+            self._failed(writing.step, str(error))
+            return
+        self.newest_step = max(self.newest_step, writing.step)
+        written = sum(int(r["bytes"]) for r in receipts.values())
+        seconds = time.monotonic() - writing.started_s
+        self._events.emit(CheckpointWritten(writing.step, checkpoint.directory(writing.step), written, seconds))
+        try:
+            checkpoint.retain(self._storage, self._config.keep_last)
+        except SnapshotError as error:
+            logger.warning("old checkpoints were not removed: %s", error)
+
+    def _gave_up(self, writing: _Writing, answer: Completion) -> None:
+        if self._writing is writing:
+            self._writing = None
+            self._failed(writing.step, str(answer.error).splitlines()[0])
+
+    def _failed(self, step: int, reason: str) -> None:
+        """A failed checkpoint is an event, not the end: the memory tier still holds the state."""
+        logger.warning("checkpoint of step %d was not written: %s", step, reason)
+        self._failed_step = max(self._failed_step, step)
+        self._events.emit(CheckpointRejected(checkpoint.directory(step) if step >= 0 else "newest", reason))

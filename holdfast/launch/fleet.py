@@ -1,0 +1,83 @@
+"""Processes as seen by the conductor: start, call, poll, kill. Nothing here decides anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+__all__ = ["Address", "Completion", "Fleet", "Lost", "Report", "Role"]
+
+
+class Role(str, Enum):
+    """What a process is for."""
+
+    KEEPER = "keeper"
+    WORKER = "worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A process. A worker's number is never used twice; a keeper's is its node."""
+
+    role: Role
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.role.value} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A call has ended: ``error`` is None, or one exception's class name and traceback."""
+
+    call: int
+    target: Address
+    result: object = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A process has gone; its open calls will not complete."""
+
+    target: Address
+    cause: str
+
+
+Report = Completion | Lost
+
+
+class Fleet(Protocol):
+    """Starts processes and carries calls to them. Used from one thread, the conductor's.
+
+    ``start`` and ``call`` return at once. ``poll`` waits at most ``timeout_s`` and returns what
+    happened since; nothing it returns refers to a process after ``kill``. Calls to one process run in order,
+    except those named in ``hosts.CONTROL_METHODS`` and ``hosts.STORAGE_METHODS``, which run beside the others.
+    ``close`` ends every process within a deadline and removes what the fleet made.
+    """
+
+    def hosts(self, nodes: int) -> Sequence[str]:
+        """Name of the machine under each (virtual) node."""
+        ...
+
+    def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
+        """Start a process; the returned call completes with ``ready``'s result once it can work."""
+        ...
+
+    def call(self, target: Address, method: str, *args: object) -> int:
+        """Run a method of the process; the answer arrives as a Completion with this number."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[Report]: ...
+
+    def kill(self, target: Address) -> None:
+        """SIGKILL; no Lost is reported for it. Unknown targets are ignored."""
+        ...
+
+    def release(self, target: Address) -> None:
+        """End a process that is not needed any more, politely."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,194 @@
+"""A fleet of forked processes on this host, without Ray: starts in tenths of a second.
+
+A fork server imports torch and DeepSpeed once; every worker is forked from it, warm. Calls travel as
+JSON over one socket pair per process. Every process ends itself when its socket closes, so none can outlive the
+driver; memory that outlives the driver needs Ray's detached actors.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import NoReturn
+
+from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
+from holdfast.launch.hosts import CONTROL_METHODS, STORAGE_METHODS, Host, describe_error, make_host
+
+__all__ = ["ProcessFleet", "serve"]
+
+_CLOSE_DEADLINE_S = 5.0
+
+
+@dataclass(slots=True)
+class _Member:
+    process: BaseProcess
+    pipe: Connection
+
+
+def serve(host: Host, pipe: Connection) -> None:
+    """Answer calls until the socket closes, then let the host hang up."""
+    desk = _Desk(host, pipe)
+    while True:
+        try:
+            call, method, args = json.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            break
+        desk.take(call, method, args)
+    host.hang_up()
+
+
+class _Desk:
+    """Answers calls: of each kind in order, of different kinds side by side."""
+
+    def __init__(self, host: Host, pipe: Connection) -> None:
+        self._host, self._pipe, self._sending = host, pipe, threading.Lock()
+        self._main, self._storage, self._control = ThreadPoolExecutor(1), ThreadPoolExecutor(1), ThreadPoolExecutor(2)
+
+    def take(self, call: int, method: str, args: Sequence[object]) -> None:
+        storage_or_main = self._storage if method in STORAGE_METHODS else self._main
+        lane = self._control if method in CONTROL_METHODS else storage_or_main
+        lane.submit(self._answer, call, method, args)
+
+    def _answer(self, call: int, method: str, args: Sequence[object]) -> None:
+        try:
+            reply = json.dumps([call, getattr(self._host, method)(*args), None])
+        except BaseException as error:  # a process boundary: the caller learns of it as Completion.error
+            reply = json.dumps([call, None, describe_error(error)])
+        with self._sending, contextlib.suppress(OSError):  # the driver is gone: the reading loop ends this process
+            self._pipe.send_bytes(reply.encode())  # more than one write, which must not mix with another thread's
+
+
+class _Unbuilt:
+    """In place of a host that could not be built: whatever it is asked, the answer is why."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def ready(self) -> NoReturn:
+        raise self._error
+
+    def hang_up(self) -> None:
+        """There is nothing to free."""
+
+
+def _run(role: str, spec: str, pipe: Connection) -> None:
+    """Body of every process. Never returns: threads that are busy, or blocked for good, must not keep it alive."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
+        serve(_build(role, spec), pipe)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _build(role: str, spec: str) -> Host:
+    try:
+        return make_host(Role(role), json.loads(spec))
+    except Exception as error:  # a process boundary: the driver learns of it when it asks whether the host is ready
+        return _Unbuilt(error)
+
+
+class ProcessFleet:
+    """See :class:`holdfast.launch.fleet.Fleet`."""
+
+    def __init__(self, preload: Sequence[str] = ("holdfast.launch.preload",)) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(preload))
+        self._members: dict[Address, _Member] = {}
+        self._leaving: list[BaseProcess] = []
+        self._next_call = 0
+        # Python waits at its end for processes that wait for this one to close their sockets.
+        atexit.register(self.close)
+
+    def hosts(self, nodes: int) -> Sequence[str]:
+        return ("localhost",) * nodes
+
+    def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
+        ours, theirs = multiprocessing.Pipe()
+        name = f"holdfast-{target.role.value}-{target.number}"
+        process = self._context.Process(
+            target=_run, args=(target.role.value, json.dumps(dict(spec)), theirs), name=name, daemon=False
+        )
+        process.start()
+        theirs.close()
+        self._members[target] = _Member(process, ours)
+        return self.call(target, "ready")
+
+    def call(self, target: Address, method: str, *args: object) -> int:
+        self._next_call += 1
+        member = self._members.get(target)
+        if member is not None:  # otherwise it is reported as lost already and the call never completes
+            with contextlib.suppress(OSError):  # poll reports the loss
+                member.pipe.send_bytes(json.dumps([self._next_call, method, list(args)]).encode())
+        return self._next_call
+
+    def poll(self, timeout_s: float) -> list[Report]:
+        if not self._members:
+            time.sleep(timeout_s)
+            return []
+        readable = wait([member.pipe for member in self._members.values()], timeout_s)
+        reports: list[Report] = []
+        for target, member in list(self._members.items()):
+            if member.pipe in readable:
+                reports += self._read(target, member)
+        return reports
+
+    def _read(self, target: Address, member: _Member) -> list[Report]:
+        reports: list[Report] = []
+        try:
+            while member.pipe.poll():
+                call, result, error = json.loads(member.pipe.recv_bytes())
+                reports.append(Completion(call, target, result, error))
+        except (EOFError, OSError):
+            reports.append(Lost(target, self._bury(target)))
+        return reports
+
+    def _bury(self, target: Address) -> str:
+        member = self._members.pop(target)
+        member.pipe.close()
+        _end(member.process, _CLOSE_DEADLINE_S)
+        code = member.process.exitcode
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name} (pid {member.process.pid})"
+        return f"exited with code {code} (pid {member.process.pid})"
+
+    def kill(self, target: Address) -> None:
+        if target in self._members:
+            self._members[target].process.kill()
+            self._bury(target)
+
+    def release(self, target: Address) -> None:
+        if target in self._members:
+            member = self._members.pop(target)
+            member.pipe.close()
+            self._leaving.append(member.process)
+
+    def close(self) -> None:
+        for target in list(self._members):
+            self.release(target)
+        end = time.monotonic() + _CLOSE_DEADLINE_S
+        for process in self._leaving:
+            _end(process, max(0.0, end - time.monotonic()))
+        self._leaving.clear()
+        atexit.unregister(self.close)
+
+
+def _end(process: BaseProcess, patience_s: float) -> None:
+    """Wait for a process that is about to end; one that does not is killed."""
+    process.join(patience_s)
+    if process.is_alive():
+        process.kill()
+        process.join(_CLOSE_DEADLINE_S)

@@ -1,0 +1,90 @@
+"""Keeping a finger on every node: heartbeats for the supervisor, step reports for the sinks, leases for the keepers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from holdfast.fault_tolerance.messages import BeatSeen
+from holdfast.launch.calls import Calls
+from holdfast.launch.fleet import Address, Completion, Role
+from holdfast.types import Phase, StepReport
+
+__all__ = ["Pulse"]
+
+StepSink = Callable[[StepReport], None]
+
+
+class Pulse:
+    """Asks each keeper a few times per second. A keeper that does not answer in time is reported, never waited for."""
+
+    def __init__(self, calls: Calls, *, interval_s: float, silence_s: float, on_step: StepSink) -> None:
+        self._calls, self._interval_s, self._silence_s, self._on_step = calls, interval_s, silence_s, on_step
+        self._due_s: dict[int, float] = {}
+        self._waiting: set[int] = set()
+        self._since: dict[int, int] = {}
+        self._newest = (-1, -1)
+        self.beats: dict[int, BeatSeen] = {}
+        """Newest sign of life by rank, in the driver's clock."""
+        self.versions: dict[int, list[Mapping[str, Any]]] = {}
+        """Complete versions in memory by rank, as of the last pulse."""
+        self.silent: list[tuple[int, str]] = []
+        """Nodes whose keeper did not answer in time or failed; the conductor empties the list."""
+
+    def ask(self, nodes: Iterable[int], now: float) -> None:
+        """Send a pulse to every keeper whose turn it is."""
+        for node in nodes:
+            if node in self._waiting or self._due_s.get(node, 0.0) > now:
+                continue
+            self._waiting.add(node)
+            self._due_s[node] = now + self._interval_s
+            since = {str(rank): seq for rank, seq in self._since.items()}
+            self._calls.ask(
+                Address(Role.KEEPER, node),
+                "pulse",
+                since,
+                then=self._receive(node, now),
+                deadline_s=now + self._silence_s,
+            )
+
+    def forget_rank(self, rank: int) -> None:
+        """The rank's keeper starts again with an empty board."""
+        self._since.pop(rank, None)
+        self.beats.pop(rank, None)
+        self.versions.pop(rank, None)
+
+    def _receive(self, node: int, asked_s: float) -> Callable[[Completion], None]:
+        def then(answer: Completion) -> None:
+            self._waiting.discard(node)
+            if answer.error is not None:
+                self.silent.append((node, answer.error))
+                return
+            pulse = cast(Mapping[str, Any], answer.result)
+            # CLOCK_MONOTONIC differs between hosts: carry over ages, not instants. The time of asking errs on
+            # the side of an older beat by one round trip at most.
+            for rank, seen in pulse["ranks"].items():
+                self._note(int(rank), seen, asked_s - float(pulse["now"]))
+
+        return then
+
+    def _note(self, rank: int, seen: Mapping[str, Any], offset_s: float) -> None:
+        self._since[rank] = int(seen["next_seq"])
+        self.versions[rank] = list(seen["versions"])
+        beat = seen["beat"]
+        self.beats[rank] = BeatSeen(
+            rank=rank,
+            epoch=int(beat["epoch"]),
+            phase=Phase(int(beat["phase"])),
+            step=int(beat["step"]),
+            beat_s=float(beat["beat_s"]) + offset_s,
+            progress_s=float(beat["progress_s"]) + offset_s,
+        )
+        self._report(seen["reports"])
+
+    def _report(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Every rank tells the same story: keep the first telling of each step, and replays of a newer epoch."""
+        for fields in reports:
+            report = StepReport(**fields)
+            if (report.epoch, report.step) > self._newest:
+                self._newest = (report.epoch, report.step)
+                self._on_step(report)

@@ -1,0 +1,82 @@
+"""Small files of a run: events line by line, the configuration as yaml, the ends of logs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from holdfast.events import Event, to_record
+from holdfast.trainer.jsonl import JsonLines
+
+__all__ = ["JsonlEvents", "tail", "to_yaml"]
+
+_TAIL_BYTES = 1 << 20
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NOT_TEXT = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+"""Words that yaml 1.1 takes for truth values or for nothing."""
+
+
+class JsonlEvents:
+    """Event sink: one JSON line per event, in the file when ``emit`` returns; see :class:`JsonLines`."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._lines, self._clock = JsonLines(path), clock
+
+    def emit(self, event: Event) -> None:
+        self._lines.append(to_record(event, time_s=self._clock()))
+
+
+def tail(path: Path, lines: int) -> str:
+    """The last ``lines`` lines of a log, as far as its last megabyte has them. Raises: OSError."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        kept = file.read().decode(errors="replace").splitlines(keepends=True)[-lines:]
+    return "".join(kept)
+
+
+def to_yaml(plain: Mapping[str, object]) -> str:
+    """Nested mappings of JSON values as yaml that every parser reads back to the same values."""
+    return "".join(f"{line}\n" for line in _lines(plain, "")) or "{}\n"
+
+
+def _lines(section: Mapping[str, object], indent: str) -> Iterator[str]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{_key(key)}:"
+            yield from _lines(value, f"{indent}  ")
+        else:
+            yield f"{indent}{_key(key)}: {_scalar(value)}"
+
+
+def _key(name: str) -> str:
+    return name if _BARE.fullmatch(name) and name.lower() not in _NOT_TEXT else _quoted(name)
+
+
+def _scalar(value: object) -> str:
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_key(k)}: {_scalar(v)}' for k, v in value.items())}}}"
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_scalar, value))}]"
+    return json.dumps(value)  # whole numbers, true, false and null are written alike
+
+
+def _quoted(text: str) -> str:
+    """Always quoted: yaml takes bare ``no`` and ``1e3`` for other things than text."""
+    escaped = (c if c.isprintable() else f"\\U{ord(c):08x}" for c in text.replace("\\", "\\\\").replace('"', '\\"'))
+    return f'"{"".join(escaped)}"'
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return ".nan" if math.isnan(value) else (".inf" if value > 0 else "-.inf")
+    text = repr(value)
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text  # yaml 1.1: 1e-05 would be text

@@ -1,0 +1,296 @@
+"""A run from its configuration to its exit code: everything the driver does around the conductor."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from holdfast import knobs
+from holdfast.clock import SystemClock
+from holdfast.configs import validate
+from holdfast.configs.plain import to_plain
+from holdfast.configs.schema import LaunchKind, RunConfig
+from holdfast.events import Evaluated, Event, EventSink, FaultDetected, Generated, RunEnded, RunStarted
+from holdfast.fault_tolerance.machine import Layout, Supervisor
+from holdfast.launch import identity
+from holdfast.launch.banner import banner
+from holdfast.launch.conductor import Conductor, ProcessSpecs, Verdict
+from holdfast.launch.console import Console
+from holdfast.launch.durable import DurableTier
+from holdfast.launch.fleet import Fleet
+from holdfast.launch.records import JsonlEvents
+from holdfast.launch.resume import Opening, open_run
+from holdfast.launch.run_dir import RunDir
+from holdfast.launch.signals import StopSignals
+from holdfast.trainer import corpus
+from holdfast.trainer.metrics import MetricsFile
+from holdfast.trainer.token_store import TokenStore
+from holdfast.trainer.trackers import Tracker, build_tracker
+from holdfast.types import StepReport
+
+__all__ = ["Result", "run", "train"]
+
+_SAVED, _INTERRUPTED, _TERMINATED = 75, 130, 143
+"""Exit codes of a stop: with a checkpoint to go on from; without one, after Ctrl-C and after SIGTERM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a run ended and where it is."""
+
+    outcome: str
+    """finished, stopped, failed."""
+    exit_code: int
+    step: int
+    """Steps finished and, unless it failed, saved."""
+    reason: str
+    run_dir: Path
+    findings: Mapping[str, object] = field(default_factory=dict)
+    """What a finished run has to show: bits_per_byte, text, weights."""
+
+
+def train(config: RunConfig) -> Result:
+    """Train as ``holdfast train`` would; from a script or a notebook.
+
+    Raises: ConfigurationError with every mistake, before anything has started.
+    """
+    return run(config, overrides=(), command=("holdfast.train",))
+
+
+def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) -> Result:
+    """Check, find or make the run, drive it to its end. Raises: ConfigurationError before anything has started."""
+    config = replace(config, root=config.root or str(knobs.home()))
+    validate.refuse_bad(config)
+    store = corpus.prepare(config.data, Path(config.data.cache or Path(config.root, "cache")))
+    digest = identity.config_digest({**to_plain(config), "text": store.digest})
+    opening = open_run(config, digest)
+    if opening.is_finished:
+        return _nothing_to_do(opening)
+    with opening.run_dir.lock():
+        return _Drive(config, opening, store, digest, overrides, command).to_the_end()
+
+
+def _nothing_to_do(opening: Opening) -> Result:
+    ended = opening.run_dir.record()["ended"]
+    sys.stdout.write(
+        f"run {opening.run_dir.run_id} is finished: step {ended['step']} was its goal; nothing to do.\n"
+        f"To go farther: holdfast train run_id={opening.run_dir.run_id} trainer.max_steps={2 * ended['step']} "
+        "and the options it was started with\n"
+    )
+    return Result("finished", 0, int(ended["step"]), "the goal was reached before", opening.run_dir.path)
+
+
+class _Drive:
+    """One attempt of a run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        opening: Opening,
+        store: TokenStore,
+        digest: str,
+        overrides: Sequence[str],
+        command: Sequence[str],
+    ) -> None:
+        self._config, self._opening, self._store, self._digest = config, opening, store, digest
+        self._run_dir, self._plain = opening.run_dir, to_plain(config)
+        self._attempt = self._run_dir.begin_attempt(
+            config=self._plain,
+            overrides=overrides,
+            command=command,
+            versions=identity.versions(),
+            git=identity.git_commit(Path.cwd()),
+        )
+        self._started_s = time.monotonic()
+
+    def to_the_end(self) -> Result:
+        """Drive, and note the end, whatever it is."""
+        try:
+            with _driver_log(self._run_dir.driver_log(self._attempt)), StopSignals() as signals:
+                return self._with_console(signals)
+        except BaseException as error:  # not swallowed: only noted where the next attempt and the user look
+            self._run_dir.end_attempt("failed", 1, step=-1, reason=f"{type(error).__name__}: {error}")
+            raise
+
+    def _with_console(self, signals: StopSignals) -> Result:
+        trainer = self._config.trainer
+        with Console(total_steps=trainer.max_steps, log_every=trainer.log_every) as console:
+            config = self._config
+            tracker = build_tracker(
+                config.tracker,
+                run_id=self._run_dir.run_id,
+                project=config.project,
+                directory=self._run_dir.path,
+                plain_config=self._plain,
+                attempt=self._attempt,
+                on_stop=signals.ask,
+            )
+            sinks = _Sinks(self._run_dir, self._attempt, console, tracker)
+            console.banner(banner(config, self._run_dir, self._attempt, self._store, self._opening.how))
+            try:
+                return self._conduct(signals, console, tracker, sinks)
+            finally:
+                tracker.finish()
+
+    def _conduct(self, signals: StopSignals, console: Console, tracker: Tracker, sinks: _Sinks) -> Result:
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, self._run_dir.path / "rendezvous", ignore_errors=True)
+            fleet = _make_fleet(self._config, self._tag)
+            stack.callback(fleet.close)
+            signals.install()  # again: a library that starts processes may have put its own handlers there
+            tracker.start()
+            conductor = self._conductor(fleet, sinks)
+            signals.then(conductor.stop)
+            sinks.emit(RunStarted(self._run_dir.run_id, self._attempt, _world(self._config), self._opening.how))
+            verdict = conductor.run()
+            return self._conclude(verdict, console, sinks, signals)
+
+    @property
+    def _tag(self) -> str:
+        return f"{self._run_dir.run_id[-48:]}-a{self._attempt}"
+
+    def _conductor(self, fleet: Fleet, sinks: _Sinks) -> Conductor:
+        config, clock = self._config, SystemClock()
+        layout = Layout(
+            nodes=config.launch.nodes,
+            workers_per_node=config.launch.workers_per_node,
+            spares=config.launch.spares,
+            hosts=tuple(fleet.hosts(config.launch.nodes)),
+        )
+        durable = DurableTier(
+            str(self._run_dir.checkpoints),
+            config.snapshot,
+            world=layout.world,
+            config_digest=self._digest,
+            events=sinks,
+        )
+        return Conductor(
+            config,
+            fleet=fleet,
+            supervisor=Supervisor(layout, config.recovery, now=clock.now()),
+            specs=self._specs(),
+            durable=durable,
+            run_dir=self._run_dir.path,
+            events=sinks,
+            on_step=sinks.step,
+            clock=clock,
+        )
+
+    def _specs(self) -> ProcessSpecs:
+        config = self._config
+        return ProcessSpecs(
+            worker={
+                "config": self._plain,
+                "run_dir": str(self._run_dir.path),
+                "attempt": self._attempt,
+                "store": str(self._store.path),
+                "config_digest": self._digest,
+            },
+            keeper={
+                "run_tag": self._tag,
+                "limit_bytes": validate.keeper_limit_bytes(config, validate.this_host()),
+                "buffers": config.snapshot.buffers,
+                "lease_s": config.recovery.lease_s,
+            },
+        )
+
+    def _conclude(self, verdict: Verdict, console: Console, sinks: _Sinks, signals: StopSignals) -> Result:
+        """Tell everybody how it ended, the console last."""
+        found = verdict.findings
+        if found:
+            sinks.emit(Evaluated(verdict.step, float(str(found["bits_per_byte"])), int(str(found["windows"]))))
+            sinks.emit(Generated(verdict.step, str(found["text"])))
+        exit_code = _exit_code(verdict, signals)
+        sinks.emit(
+            RunEnded(
+                verdict.outcome,
+                verdict.step,
+                time.monotonic() - self._started_s,
+                verdict.faults,
+                verdict.steps_lost,
+                exit_code,
+                verdict.reason,
+            )
+        )
+        self._run_dir.end_attempt(verdict.outcome, exit_code, step=verdict.step, reason=verdict.reason)
+        facts = {"weights": str(found["weights"])} if found else {}
+        console.conclude({**facts, "run": str(self._run_dir.path)}, next_command=self._next(verdict, exit_code))
+        return Result(verdict.outcome, exit_code, verdict.step, verdict.reason, self._run_dir.path, found)
+
+    def _next(self, verdict: Verdict, exit_code: int) -> str:
+        again = f"holdfast train run_id={self._run_dir.run_id}"
+        if verdict.outcome == "finished":
+            return f"{again} trainer.max_steps={2 * self._config.trainer.max_steps}"
+        return f"tail -n 50 {self._run_dir.driver_log(self._attempt)}" if exit_code in (1, 93) else again
+
+
+def _exit_code(verdict: Verdict, signals: StopSignals) -> int:
+    if verdict.outcome != "stopped":
+        return verdict.exit_code
+    if verdict.step >= 0:
+        return _SAVED
+    return _INTERRUPTED if signals.is_interrupt else _TERMINATED
+
+
+def _world(config: RunConfig) -> int:
+    return config.launch.nodes * config.launch.workers_per_node
+
+
+def _make_fleet(config: RunConfig, tag: str) -> Fleet:
+    if config.launch.kind is LaunchKind.PROCESS:
+        from holdfast.launch.process_fleet import ProcessFleet
+
+        return ProcessFleet()
+    from holdfast.launch.ray_fleet import RayFleet  # importing ray takes a second
+
+    return RayFleet(config.launch, tag)
+
+
+class _Sinks(EventSink):
+    """Whoever wants to know what happens: the files first, because they are the truth."""
+
+    def __init__(self, run_dir: RunDir, attempt: int, console: Console, tracker: Tracker) -> None:
+        self._run_dir, self._attempt, self._console, self._tracker = run_dir, attempt, console, tracker
+        self._events = JsonlEvents(run_dir.events_file)
+        self._metrics = MetricsFile(run_dir.metrics_file, attempt=attempt)
+
+    def emit(self, event: Event) -> None:
+        self._events.emit(event)
+        if isinstance(event, Evaluated):
+            self._metrics.note({"step": event.step, "validation_bits_per_byte": event.bits_per_byte})
+        if isinstance(event, FaultDetected):
+            self._keep_evidence(event)
+        self._tracker.emit(event)
+        self._console.emit(event)
+
+    def step(self, report: StepReport) -> None:
+        self._metrics.write(report)
+        self._tracker.log_step(report)
+        self._console.step(report)
+
+    def _keep_evidence(self, fault: FaultDetected) -> None:
+        logs = [self._run_dir.rank_log(rank, self._attempt) for rank in fault.ranks]
+        self._run_dir.record_failure(fault.number, asdict(fault), [*logs, self._run_dir.driver_log(self._attempt)])
+
+
+@contextmanager
+def _driver_log(path: Path) -> Iterator[None]:
+    """Send the log of this package, and of nothing else, to the attempt's file."""
+    package, handler = logging.getLogger("holdfast"), logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    before = package.level, package.propagate
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.level, package.propagate = before
+        handler.close()

@@ -1,0 +1,61 @@
+"""Wishes to stop: SIGINT, SIGTERM and SIGUSR1 set a flag, a second one leaves now."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+__all__ = ["StopSignals"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Installed inside a ``with`` block, in the main thread only; elsewhere it waits for :meth:`ask` alone.
+
+    The first signal asks for a graceful stop, also when it comes before anybody can act on it. The second one
+    raises KeyboardInterrupt, so that ``finally`` clauses still end what was started.
+    """
+
+    def __init__(self) -> None:
+        self._stop: Callable[[str], None] | None = None
+        self._reason: str | None = None
+        self._before: dict[int, object] = {}
+        self.is_interrupt = False
+        """The wish came from Ctrl-C."""
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+            self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal returned
+        self._before = {}
+
+    def install(self) -> None:
+        """Take the signals over, from whoever has them now."""
+        for number in self._before:
+            signal.signal(number, self._on_signal)
+
+    def then(self, stop: Callable[[str], None]) -> None:
+        """From now on, and for a wish that came already, call ``stop`` with the reason. It must return at once."""
+        self._stop = stop
+        if self._reason is not None:
+            stop(self._reason)
+
+    def ask(self, reason: str) -> None:
+        """Any thread: a wish that did not come as a signal."""
+        self._reason = reason
+        if self._stop is not None:
+            self._stop(reason)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._reason is not None:
+            raise KeyboardInterrupt
+        self.is_interrupt = number == signal.SIGINT
+        self.ask(f"{signal.Signals(number).name} received")

@@ -1,0 +1,205 @@
+"""The words of the console: events, steps and the end of a run as lines of text. Pure.
+
+A line begins with a tag of at most five letters, padded to six columns; what continues a line is indented by six.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from holdfast import events as e
+from holdfast.fault_tolerance.policy import name_ranks
+from holdfast.types import StepReport
+
+__all__ = ["TAG_COLUMNS", "aligned", "clean", "describe", "duration", "ending", "size", "step_line"]
+
+TAG_COLUMNS = 6
+_INDENT = " " * TAG_COLUMNS
+_FRAME = _INDENT + "| "
+_FRAMED_COLUMNS = 100
+_TRACEBACK_LINES = 12
+
+
+# -- safety -----------------------------------------------------------------------------------------------------------
+
+
+def clean(text: str) -> str:
+    """One line that cannot do anything to a terminal: what is not printable is shown as its escape sequence."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _framed(text: str) -> Iterator[str]:
+    """Foreign text, line by line behind a bar, so that it cannot pass for ours."""
+    for line in text.expandtabs(4).split("\n"):
+        shown = clean(line)
+        for start in range(0, max(len(shown), 1), _FRAMED_COLUMNS):
+            yield (_FRAME + shown[start : start + _FRAMED_COLUMNS]).rstrip()
+
+
+# -- quantities -------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """``0.04 s``, ``12.3 s``, ``3 min 12 s``, ``2 h 03 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(n_bytes: int) -> str:
+    """``812 B``, ``5.2 MB``: decimal units."""
+    if n_bytes < 1000:
+        return f"{n_bytes} B"
+    power = min(int(math.log10(n_bytes)) // 3, 5)
+    return f"{n_bytes / 1000**power:.1f} {' kMGTP'[power]}B"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def aligned(facts: Mapping[str, str], indent: str = "") -> list[str]:
+    """``key  value`` with the values below each other; a value of several lines stays in its column."""
+    width = max(map(len, facts), default=0)
+    lines = []
+    for key, value in facts.items():
+        head, *more = value.split("\n")
+        lines.append(f"{indent}{clean(key):<{width}} {clean(head)}".rstrip())
+        lines += [f"{indent}{'':<{width}} {clean(line)}".rstrip() for line in more if line]
+    return lines
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def step_line(report: StepReport, *, tokens_per_s: float | None, failures: int) -> str:
+    """Fixed keys in fixed order; what is not known is left out."""
+    facts = {
+        "step": f"{report.step:,}",
+        "loss": f"{report.loss:.4f}",
+        "bpb": f"{report.bits_per_byte:.3f}",
+        "lr": f"{report.learning_rate:.1e}",
+        "gnorm": f"{report.grad_norm:.2f}",
+        "tok/s": "" if tokens_per_s is None else f"{tokens_per_s:,.0f}",
+        "snap_age": "" if report.committed < 0 else f"{report.step - report.committed}",
+        "fails": f"{failures}",
+    }
+    return " ".join(f"{key} {value}" for key, value in facts.items() if value)
+
+
+# -- events -----------------------------------------------------------------------------------------------------------
+
+
+def describe(event: e.Event, at: str) -> list[str]:
+    """What to print when this happens at ``at`` (hh:mm:ss); nothing for events that the console does not show."""
+    words = _WORDS.get(type(event))
+    return [] if words is None else [clean(line) for line in words(event, at)]
+
+
+def _fault(event: e.FaultDetected, at: str) -> Iterator[str]:
+    first, *traceback = event.cause.splitlines() or ["no reason given"]
+    where = f"in {event.phase}, " if event.phase else ""
+    yield f"FAULT {at} {_who(event)}{first}"
+    yield f"{_INDENT}{where}last step {event.last_step:,}, detected after {duration(event.detected_after_s)}"
+    yield from _framed("\n".join(traceback[-_TRACEBACK_LINES:])) if traceback else ()
+
+
+def _who(event: e.FaultDetected) -> str:
+    node = "" if event.node is None else f"node {event.node}"
+    if not event.ranks:
+        return f"{node} lost: " if node else ""
+    place = ", ".join(part for part in (node, "" if event.pid is None else f"pid {event.pid}") if part)
+    return f"{name_ranks(event.ranks)} lost{f' ({place})' if place else ''}: "
+
+
+def _planned(event: e.RecoveryPlanned, at: str) -> Iterator[str]:
+    if event.number == 0:  # no fault came before: an earlier attempt is continued
+        yield f"START {at} resume from step {event.version:,} ({event.source}): {event.reason}"
+    elif event.version < 0:
+        yield f"PLAN  {at} start over with a fresh model: {event.reason}"
+    else:
+        yield f"PLAN  {at} go on from step {event.version:,} ({event.source}): {event.reason}"
+    yield from (f"{_INDENT}not used: {rejected}" for rejected in event.rejected)
+
+
+def _done(event: e.RecoveryDone, at: str) -> Iterator[str]:
+    detect_s = event.split_s.get("detect")
+    detected = "" if detect_s is None else f"detected after {duration(detect_s)}, "
+    yield (
+        f"DONE  {at} resumed at step {event.step:,}: {detected}repaired in {duration(event.repaired_in_s)}, "
+        f"{_count(event.steps_lost, 'step')} lost, {size(event.bytes_moved)} moved; "
+        f"failures {event.failures}/{event.failures_allowed}"
+    )
+    rest = {name.replace("_", " "): seconds for name, seconds in event.split_s.items() if name != "detect"}
+    if rest:
+        yield f"{_INDENT}of which {', '.join(f'{name} {duration(s)}' for name, s in rest.items())}"
+
+
+def _waiting(event: e.Waiting, at: str) -> Iterator[str]:
+    yield f"WAIT  {at} {event.what}"
+
+
+def _protection(event: e.Protection, at: str) -> Iterator[str]:
+    yield f"GUARD {at} protection is {event.level}: {event.reason}"
+
+
+def _written(event: e.CheckpointWritten, at: str) -> Iterator[str]:
+    took = f"{size(event.bytes)} in {duration(event.seconds)}"
+    yield f"SAVED {at} checkpoint of step {event.step:,}: {took}, {event.path}"
+
+
+def _rejected(event: e.CheckpointRejected, at: str) -> Iterator[str]:
+    yield f"SKIP  {at} checkpoint {event.path}: {event.reason}"
+
+
+def _evaluated(event: e.Evaluated, at: str) -> Iterator[str]:
+    yield f"EVAL  {at} step {event.step:,}: {event.bits_per_byte:.3f} bits/byte over {_count(event.windows, 'window')}"
+
+
+def _generated(event: e.Generated, at: str) -> Iterator[str]:
+    yield f"TEXT  {at} written by the model at step {event.step:,}:"
+    yield from _framed(event.text)
+
+
+def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
+    yield f"STOP  {at} {event.reason}"
+
+
+# Each takes its own kind of event, which a mapping cannot express: hence Any.
+_WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
+    e.FaultDetected: _fault,
+    e.RecoveryPlanned: _planned,
+    e.RecoveryDone: _done,
+    e.Waiting: _waiting,
+    e.Protection: _protection,
+    e.CheckpointWritten: _written,
+    e.CheckpointRejected: _rejected,
+    e.Evaluated: _evaluated,
+    e.Generated: _generated,
+    e.StopRequested: _stop,
+}
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def ending(
+    event: e.RunEnded, *, total_steps: int, bits_per_byte: float | None, facts: Mapping[str, str], next_command: str
+) -> Sequence[str]:
+    """The last block: how it ended, the facts, and on a line of its own the one command to type next."""
+    quality = "" if bits_per_byte is None else f"; {bits_per_byte:.3f} bits/byte"
+    faults = f"; {_count(event.faults, 'fault')}, {_count(event.steps_lost, 'step')} lost" if event.faults else ""
+    head = (
+        f"END   {event.outcome} (exit code {event.exit_code}): step {event.step:,} of {total_steps:,} "
+        f"in {duration(event.seconds)}{quality}{faults}"
+    )
+    why = {"why": event.reason} if event.reason and event.outcome != "finished" else {}
+    following = [clean(f"NEXT  {next_command}")] if next_command else []
+    return [clean(head), *aligned({**why, **facts}, _INDENT), *following]

@@ -1,0 +1,222 @@
+"""Body of a worker process: one rank of one membership epoch after another, in one process."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from holdfast import failpoints
+from holdfast.configs.plain import from_plain
+from holdfast.configs.schema import RunConfig
+from holdfast.errors import Abort, CollectiveBroken, ShardCorrupt
+from holdfast.fault_tolerance import chaos
+from holdfast.fault_tolerance.arena import Arena, ArenaRef
+from holdfast.fault_tolerance.messages import Outcome
+from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, copy_versions, required_bytes
+from holdfast.launch.hosts import describe_error
+from holdfast.launch.watch import BoardWatcher, Heart
+from holdfast.parallel.comms import TorchCommunicator, broken_collective
+from holdfast.trainer.build import Job, RankRun
+from holdfast.trainer.loop import Ending
+from holdfast.trainer.token_store import TokenStore
+from holdfast.types import Phase
+
+__all__ = ["EpochPlan", "WorkerHost"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """What a worker needs to know about one membership epoch."""
+
+    epoch: int
+    rank: int
+    world: int
+    version: int
+    """Version to start from; -1 is the fresh model."""
+    rendezvous: str
+    """Path of a file that no earlier epoch has used, on storage all ranks share."""
+
+
+class WorkerHost:
+    """Methods are called by the fleet: ``abort``, ``stop`` and ``drain`` from their own threads, the rest in order."""
+
+    def __init__(self, spec: Mapping[str, object]) -> None:
+        self._config: RunConfig = from_plain(cast(Mapping[str, Any], spec["config"]))
+        self._run_dir, self._attempt = Path(str(spec["run_dir"])), int(cast(int, spec["attempt"]))
+        self._job = Job(self._config, str(spec["store"]), str(self._run_dir / "export"))
+        self._config_digest = str(spec["config_digest"])
+        self._heart = Heart(self._config.recovery.heartbeat_s)
+        self._arena: Arena | None = None
+        self._ref: ArenaRef | None = None
+        self._lock = threading.Lock()
+        self._left_epoch = -1
+        self._watcher: BoardWatcher | None = None
+        self._comm: TorchCommunicator | None = None
+        self._notes: list[dict[str, object]] = []
+
+    # -- calls from the driver ------------------------------------------------------------------------------------
+
+    def ready(self) -> dict[str, object]:
+        """Import everything a rank needs, so that a spare is warm."""
+        TokenStore.open(self._job.store)
+        return {"pid": os.getpid(), "host": socket.gethostname()}
+
+    def attach(self, rank: int, ref: Mapping[str, object]) -> None:
+        """Map the rank's arena. Complete versions of an arena whose keeper died are carried over."""
+        arena_ref = ArenaRef(**cast(dict[str, Any], ref))
+        if arena_ref == self._ref:
+            return
+        old, self._arena, self._ref = self._arena, Arena.attach(arena_ref), arena_ref
+        self._heart.move_to(self._arena.board)
+        if old is not None:
+            carried = copy_versions(old, self._arena)
+            logger.info("carried %s versions into the arena of a new keeper", carried)
+            old.close()
+        _log_to(self._run_dir / "logs" / f"rank{rank:05d}.attempt{self._attempt}.log")
+        faults = chaos.parse_all(self._config.chaos.faults)
+        failpoints.disarm()
+        chaos.arm(faults, rank, self._arena.board)
+
+    def run_epoch(self, plan: Mapping[str, object]) -> dict[str, object]:
+        """Train until the goal, a stop or a fault; always answers with an :class:`Outcome` word."""
+        epoch_plan = EpochPlan(**cast(dict[str, Any], plan))
+        answer = self._guarded(epoch_plan)
+        self._park(epoch_plan)
+        return answer
+
+    def abort(self, epoch: int) -> None:
+        """Leave ``epoch``, whichever collective the training thread is blocked in."""
+        with self._lock:
+            self._left_epoch = max(self._left_epoch, epoch)
+            watcher, comm = self._watcher, self._comm
+        if watcher is not None:
+            watcher.abort()
+        if comm is not None:
+            comm.abort()
+
+    def stop(self, epoch: int) -> None:
+        """Finish the step, agree with the others, settle the state, then leave ``epoch``."""
+        with self._lock:
+            if self._watcher is not None:
+                self._watcher.ask_to_stop()
+
+    def drain(self) -> list[dict[str, object]]:
+        """What has happened besides steps since the last call: evaluations."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def hang_up(self) -> None:
+        self._heart.move_to(None)
+
+    # -- one epoch ------------------------------------------------------------------------------------------------
+
+    def _guarded(self, plan: EpochPlan) -> dict[str, object]:
+        try:
+            return self._train(plan)
+        except Abort as left:
+            return _answer(Outcome.ABORTED, str(left))
+        except ShardCorrupt as corrupt:
+            return _answer(Outcome.CORRUPT, str(corrupt), version=corrupt.version)
+        except Exception as error:  # the process boundary: the supervisor decides what it means
+            return self._classify(error)
+
+    def _classify(self, error: Exception) -> dict[str, object]:
+        logger.info("left the epoch: %s", describe_error(error))
+        if self._watcher is not None and self._watcher.is_aborted:
+            return _answer(Outcome.ABORTED, str(error).splitlines()[0] if str(error) else type(error).__name__)
+        if isinstance(error, CollectiveBroken) or broken_collective(error):
+            return _answer(Outcome.BROKEN, str(error).splitlines()[0])
+        return _answer(Outcome.ERROR, describe_error(error))
+
+    def _train(self, plan: EpochPlan) -> dict[str, object]:
+        assert self._arena is not None, "attach comes before run_epoch"
+        watcher = self._enter_epoch(plan, self._arena)
+        watcher.enter(Phase.JOIN, max(plan.version, 0))
+        comm = self._join(plan, watcher)
+        failpoints.hit("recovery.after_join", plan.version)
+        watcher.enter(Phase.BUILD, max(plan.version, 0))
+        snapshots = ArenaSnapshotter(
+            self._arena,
+            rank=plan.rank,
+            world=plan.world,
+            epoch=plan.epoch,
+            config_digest=self._config_digest,
+            persist_every=self._config.snapshot.persist_every_steps,
+        )
+        run = RankRun(self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._notes.append)
+        try:
+            self._arena.reserve(required_bytes(run.view.capture()))
+            run.trainer.restore(snapshots, plan.version)
+            ending = run.trainer.fit()
+            result = run.conclude() if ending is Ending.FINISHED else {}
+            return _answer(Outcome(ending.value), version=run.view.train.step, result=result)
+        finally:
+            run.close()
+
+    def _enter_epoch(self, plan: EpochPlan, arena: Arena) -> BoardWatcher:
+        arena.board.take_over(os.getpid(), plan.epoch)
+        watcher = BoardWatcher(arena.board, plan.epoch)
+        with self._lock:
+            self._watcher, self._comm = watcher, None
+            if plan.epoch <= self._left_epoch:
+                watcher.abort()
+        watcher.check()
+        return watcher
+
+    def _join(self, plan: EpochPlan, watcher: BoardWatcher) -> TorchCommunicator:
+        comm = TorchCommunicator.join(
+            plan.rendezvous,
+            rank=plan.rank,
+            world=plan.world,
+            backend=self._job.backend,
+            timeout_s=self._config.parallel.collective_timeout_s,
+            should_leave=lambda: watcher.is_aborted,
+        )
+        with self._lock:
+            self._comm = comm
+        watcher.check()
+        return comm
+
+    def _park(self, plan: EpochPlan) -> None:
+        """Drop the process group and every tensor of the epoch; the process stays."""
+        with self._lock:
+            comm, self._comm, self._watcher = self._comm, None, None
+        if comm is not None:
+            comm.close()
+        gc.collect()
+        if self._arena is not None:
+            self._arena.board.enter(Phase.PARKED, max(plan.version, 0), time.monotonic())
+        failpoints.hit("recovery.after_abort", plan.version)
+
+
+def _answer(
+    outcome: Outcome, detail: str = "", *, version: int = -1, result: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    return {"outcome": outcome.value, "detail": detail, "version": version, "result": dict(result or {})}
+
+
+def _log_to(path: Path) -> None:
+    """Send this process's stdout, stderr and ``holdfast`` log to a file, whoever started it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    package = logging.getLogger("holdfast")
+    package.handlers[:] = [logging.StreamHandler(open(2, "w", buffering=1, closefd=False))]  # noqa: SIM115
+    package.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package.setLevel(logging.INFO)
+    package.propagate = False

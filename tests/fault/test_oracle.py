@@ -1,0 +1,107 @@
+"""The oracle: whatever dies, the run ends with the same bits as a run that nothing happened to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from holdfast.launch.run import train
+from holdfast.types import Precision
+from tests.support.runs import Outcome, events_of, outcome_of, tiny_config, write_corpus
+
+pytestmark = pytest.mark.timeout(180)
+
+_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+class Reference:
+    """Undisturbed runs, one per (stage, precision), made when first asked for."""
+
+    def __init__(self, root: Path, corpus: Path) -> None:
+        self._root, self._corpus = root, corpus
+        self._known: dict[tuple[int, Precision], Outcome] = {}
+
+    def of(self, stage: int, precision: Precision) -> Outcome:
+        key = (stage, precision)
+        if key not in self._known:
+            config = tiny_config(self._root, self._corpus, stage=stage, precision=precision, steps=_STEPS, spares=0)
+            result = train(config)
+            assert result.exit_code == 0
+            assert not events_of(result.run_dir, "fault_detected")
+            self._known[key] = outcome_of(result.run_dir)
+        return self._known[key]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Reference:
+    return Reference(tmp_path_factory.mktemp("reference"), corpus)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_rank_killed_in_turn_leaves_no_trace_in_the_result(
+    stage: int, precision: Precision, tmp_path: Path, corpus: Path, reference: Reference
+) -> None:
+    faults = ["sigkill rank=0 step=2", "sigkill rank=1 step=4 at=step.after_backward", "sigkill rank=2 step=6"]
+    result = train(tiny_config(tmp_path, corpus, stage=stage, precision=precision, steps=_STEPS, faults=faults))
+    assert result.exit_code == 0
+    assert [e["ranks"] for e in events_of(result.run_dir, "fault_detected")] == [[0], [1], [2]]
+    assert all(e["steps_lost"] <= 1 for e in events_of(result.run_dir, "recovery_done"))
+    assert reference.of(stage, precision).differences(outcome_of(result.run_dir)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "faults"),
+    [
+        ("between the copies of one version", ["sigkill rank=1 step=4 at=snapshot.mid_capture"]),
+        ("before its version is committed", ["sigkill rank=1 step=4 at=snapshot.before_commit"]),
+        ("after it committed, the others not yet", ["sigkill rank=0 step=4 at=snapshot.after_commit"]),
+        ("between the update and its snapshot", ["sigkill rank=2 step=4 at=step.after_update"]),
+        ("two ranks in one step", ["sigkill rank=0 step=4", "sigkill rank=2 step=4 at=step.after_backward"]),
+        ("again while the run recovers", ["sigkill rank=1 step=4", "sigkill rank=2 step=4 at=recovery.before_restore"]),
+        ("the replacement itself", ["sigkill rank=1 step=4", "sigkill rank=1 step=4 at=recovery.after_join"]),
+        ("in the first step of all", ["sigkill rank=0 step=0 at=step.after_backward"]),
+        ("in the evaluation at the end", ["sigkill rank=1 step=8 at=evaluate.begin"]),
+        ("while it exports", ["sigkill rank=0 step=8 at=export.begin"]),
+        ("an exception instead of a kill", ["exception rank=2 step=4"]),
+    ],
+)
+def test_a_kill_at_the_worst_moment_leaves_no_trace(
+    name: str, faults: list[str], tmp_path: Path, corpus: Path, reference: Reference
+) -> None:
+    result = train(tiny_config(tmp_path, corpus, steps=_STEPS, faults=faults))
+    assert result.exit_code == 0, name
+    assert events_of(result.run_dir, "recovery_done") or "step=8" in faults[0]
+    assert reference.of(2, Precision.FP32).differences(outcome_of(result.run_dir)) == []
+
+
+def test_a_torn_version_is_refused_and_the_one_before_is_used(tmp_path: Path, corpus: Path) -> None:
+    result = train(tiny_config(tmp_path, corpus, faults=["sigkill rank=1 step=4 at=snapshot.mid_capture"]))
+    (plan,) = events_of(result.run_dir, "recovery_planned")
+    assert plan["version"] == 3
+    assert any("4" in reason and "1" in reason for reason in plan["rejected"])
+
+
+def test_a_frozen_rank_is_named_and_replaced(tmp_path: Path, corpus: Path, reference: Reference) -> None:
+    config = tiny_config(tmp_path, corpus, steps=_STEPS, faults=["sigstop rank=1 step=4"], suspect_after_s=4.0)
+    result = train(config)
+    (fault,) = events_of(result.run_dir, "fault_detected")
+    assert fault["ranks"] == [1]
+    assert "heartbeat" in fault["cause"]
+    assert fault["detected_after_s"] < 15
+    assert reference.of(2, Precision.FP32).differences(outcome_of(result.run_dir)) == []
+
+
+def test_a_keeper_killed_beside_living_workers_costs_no_step(
+    tmp_path: Path, corpus: Path, reference: Reference
+) -> None:
+    result = train(tiny_config(tmp_path, corpus, steps=_STEPS, faults=["keeper_sigkill node=1 step=4"]))
+    assert result.exit_code == 0
+    assert all(e["steps_lost"] <= 1 for e in events_of(result.run_dir, "recovery_done"))
+    assert reference.of(2, Precision.FP32).differences(outcome_of(result.run_dir)) == []

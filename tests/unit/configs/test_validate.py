@@ -1,0 +1,375 @@
+"""What a configuration must obey, and that all mistakes are told together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.configs import validate
+from holdfast.configs.schema import LaunchKind, RunConfig
+from holdfast.configs.validate import Host, check, keeper_limit_bytes, state_bytes
+from holdfast.errors import ConfigurationError
+from holdfast.optim.config import OptimName
+from holdfast.trainer.config import DataSource
+from holdfast.trainer.sizing import parameter_count
+
+BIG = Host(free_bytes=10**13)
+
+
+def changed(**values: Any) -> RunConfig:
+    """Defaults but for ``trainer__max_steps=3`` and the like."""
+    config = RunConfig()
+    for name, value in values.items():
+        *sections, last = name.split("__")
+        setattr(reduce(getattr, sections, config), last, value)
+    return config
+
+
+def problems_of(**values: Any) -> list[str]:
+    return check(changed(**values), BIG)
+
+
+def test_the_defaults_are_sound() -> None:
+    assert check(RunConfig(), BIG) == []
+
+
+def test_this_machine_may_run_the_defaults() -> None:
+    validate.refuse_bad(RunConfig())
+    assert validate.this_host().free_bytes > 0
+
+
+# -- single values ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("project", "../up"),
+        ("project", ""),
+        ("root", "runs"),
+        ("run_id", "a/b"),
+        ("resume", ""),
+        ("resume", "/some/path"),
+        ("seed", -1),
+        ("trainer.max_steps", 0),
+        ("trainer.global_batch", 0),
+        ("trainer.micro_batch", -8),
+        ("trainer.log_every", 0),
+        ("trainer.eval_every", -1),
+        ("trainer.generate_bytes", -1),
+        ("data.seq_len", 0),
+        ("data.validation_share", 0.0),
+        ("data.validation_share", 1.0),
+        ("data.validation_share", float("nan")),
+        ("data.cache", "cache"),
+        ("parallel.zero_stage", 4),
+        ("parallel.zero_stage", -1),
+        ("parallel.collective_timeout_s", 0.0),
+        ("parallel.bucket_elements", 0),
+        ("snapshot.every_steps", 0),
+        ("snapshot.buffers", 2),
+        ("snapshot.buffers", 17),
+        ("snapshot.memory_limit_gb", -1.0),
+        ("snapshot.persist_every_steps", -1),
+        ("snapshot.keep_last", 1),
+        ("recovery.heartbeat_s", 0.0),
+        ("recovery.suspect_after_s", float("inf")),
+        ("recovery.abort_after_s", -1.0),
+        ("recovery.start_timeout_s", float("nan")),
+        ("recovery.step_timeout_s", 0.0),
+        ("recovery.max_failures", -1),
+        ("recovery.max_no_progress", 0),
+        ("recovery.stop_grace_s", 0.0),
+        ("recovery.lease_s", 0.0),
+        ("launch.nodes", 0),
+        ("launch.workers_per_node", 0),
+        ("launch.spares", -1),
+        ("launch.gpus_per_worker", 0.5),
+        ("launch.gpus_per_worker", -1.0),
+        ("launch.threads_per_worker", 0),
+        ("tracker.init_timeout_s", 0.0),
+        ("tracker.finish_timeout_s", -1.0),
+        ("model.d_model", 0),
+        ("model.vocab_size", 258),
+        ("optim.lr", -1.0),
+        ("optim.betas", [0.9]),
+    ],
+)
+def test_a_value_out_of_bounds_is_named_with_its_rule(key: str, value: Any) -> None:
+    (problem,) = problems_of(**{key.replace(".", "__"): value})
+    assert problem.startswith(f"{key}={value!r} must be ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 0),
+        ("trainer.max_steps", 1),
+        ("trainer.generate_bytes", 0),
+        ("parallel.zero_stage", 0),
+        ("snapshot.buffers", 16),
+        ("snapshot.persist_every_steps", 0),
+        ("recovery.max_failures", 0),
+        ("launch.spares", 0),
+        ("launch.gpus_per_worker", 2.0),
+        ("root", "/scratch/runs"),
+        ("run_id", "20261123-231204-brisk-otter-7f3a"),
+        ("resume", "20261123-231204-brisk-otter-7f3a"),
+    ],
+)
+def test_the_bounds_themselves_are_allowed(key: str, value: Any) -> None:
+    assert problems_of(**{key.replace(".", "__"): value}) == []
+
+
+def test_the_rule_about_buffers_says_what_each_is_for() -> None:
+    (problem,) = problems_of(snapshot__buffers=2)
+    assert "go back to" in problem
+    assert "being filled" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("trainer.max_steps", "3", "must be of type int"),
+        ("trainer.max_steps", True, "must be of type int"),
+        ("chaos.faults", "sigkill rank=1 step=2", "must be a list"),
+        ("parallel.precision", "BF16", "must be a member of Precision, not its name"),
+        ("parallel.precision", "bf16", "must be one of FP32, BF16"),
+        ("model", None, "must be a mapping"),
+    ],
+)
+def test_a_wrong_type_in_a_configuration_made_in_python_is_told_and_nothing_else(
+    key: str, value: Any, rule: str
+) -> None:
+    config = changed(**{key.replace(".", "__"): value})
+    config.seed = -1
+    assert check(config, BIG) == [f"{key}={value!r} {rule}"]
+
+
+# -- relations --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_ones_that_do() -> None:
+    (problem,) = problems_of(trainer__global_batch=30)
+    assert problem == (
+        "trainer.global_batch=30 must be a multiple of trainer.micro_batch x ranks = 8 x 3 = 24; "
+        "try trainer.global_batch=24 or 48, or trainer.micro_batch=5"
+    )
+
+
+def test_a_batch_below_one_micro_batch_per_rank_is_not_answered_with_zero() -> None:
+    (problem,) = problems_of(trainer__global_batch=7)
+    assert problem.endswith("try trainer.global_batch=24")
+
+
+@pytest.mark.parametrize(("nodes", "workers_per_node"), [(1, 1), (3, 2), (2, 4)])
+def test_the_batch_is_divided_by_all_ranks_of_all_nodes(nodes: int, workers_per_node: int) -> None:
+    layout = {"launch__nodes": nodes, "launch__workers_per_node": workers_per_node}
+    world = nodes * workers_per_node
+    assert problems_of(trainer__global_batch=2 * 8 * world, **layout) == []
+    assert len(problems_of(trainer__global_batch=2 * 8 * world + 1, **layout)) == 1
+
+
+def test_every_rank_evaluates_at_least_one_window() -> None:
+    (problem,) = problems_of(trainer__eval_windows=2)
+    assert problem.startswith("trainer.eval_windows=2 must be at least the number of ranks, 3")
+
+
+def test_a_sequence_must_fit_the_model() -> None:
+    (problem,) = problems_of(data__seq_len=2000)
+    assert problem.startswith("data.seq_len=2000 must be at most model.max_seq_len=1024")
+
+
+def test_checkpoints_are_written_from_snapshots() -> None:
+    (problem,) = problems_of(snapshot__every_steps=7)
+    assert problem.startswith("snapshot.persist_every_steps=100 must be a multiple of snapshot.every_steps=7")
+    assert problem.endswith("try snapshot.persist_every_steps=105")
+    assert problems_of(snapshot__every_steps=7, snapshot__persist_every_steps=0) == []
+
+
+def test_deadlines_are_ordered() -> None:
+    first, second = problems_of(recovery__suspect_after_s=0.1, recovery__step_timeout_s=0.1)
+    assert first.startswith("recovery.heartbeat_s=0.2 must be below recovery.suspect_after_s=0.1")
+    assert second.startswith("recovery.suspect_after_s=0.1 must be below recovery.step_timeout_s=0.1")
+
+
+@pytest.mark.parametrize("source", [DataSource.TEXT, DataSource.JSONL, DataSource.PARQUET])
+def test_the_users_own_text_needs_a_path(source: DataSource) -> None:
+    (problem,) = problems_of(data__source=source)
+    assert problem == f"data.path is empty, but data={source.value} needs it: data.path=<file or directory>"
+
+
+def test_a_path_without_a_source_is_not_ignored_in_silence() -> None:
+    (problem,) = problems_of(data__path="/books")
+    assert problem.startswith("data.path='/books' is not read by data=local")
+
+
+def test_rows_need_a_field() -> None:
+    (problem,) = problems_of(data__source=DataSource.JSONL, data__path="/books", data__field="")
+    assert problem.startswith("data.field is empty")
+
+
+def test_a_path_must_exist_on_the_machine_that_reads_it(tmp_path: Path) -> None:
+    config = changed(data__source=DataSource.TEXT, data__path=str(tmp_path / "gone"), seed=-1)
+    with pytest.raises(ConfigurationError) as caught:
+        validate.refuse_bad(config)
+    seed, path = caught.value.problems
+    assert seed.startswith("seed=-1")
+    assert path.startswith(f"data.path='{tmp_path}/gone' does not exist")
+    validate.refuse_bad(changed(data__source=DataSource.TEXT, data__path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("key", "value"), [("address", "auto"), ("gpus_per_worker", 1.0)])
+def test_what_only_ray_can_do_is_refused_without_it(key: str, value: Any) -> None:
+    (problem,) = problems_of(launch__kind=LaunchKind.PROCESS, **{f"launch__{key}": value})
+    assert problem == f"launch.{key}={value!r} is for Ray, and launch=process runs without it; use launch=local"
+
+
+def test_two_names_for_one_run_are_refused() -> None:
+    assert problems_of(run_id="a", resume="a") == []
+    assert problems_of(run_id="a", resume="never") == []
+    (problem,) = problems_of(run_id="a", resume="b")
+    assert problem == "run_id='a' and resume='b' name two runs; leave run_id empty"
+
+
+@pytest.mark.parametrize(
+    ("entry", "fragment"),
+    [
+        ("sigkill rank=3 step=1", "rank=3 does not exist; ranks are 0 to 2"),
+        ("keeper_sigkill node=3 step=1", "node=3 does not exist; nodes are 0 to 2"),
+        ("sigkill rank=0 step=300", "step=300 is never reached; the last one is 299 with trainer.max_steps=300"),
+        ("sigkill rank=0 step=301 at=export.begin", "step=301 is never reached; the last one is 300"),
+        ("keeper_sigkill node=0 step=301", "step=301 is never reached"),
+        ("sigkil rank=0 step=1", "did you mean 'sigkill'?"),
+    ],
+)
+def test_a_fault_that_would_never_happen_is_refused(entry: str, fragment: str) -> None:
+    (problem,) = problems_of(chaos__faults=["hang rank=1 step=3", entry])
+    assert fragment in problem
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["sigkill rank=2 step=299", "sigkill rank=2 step=300 at=export.begin", "keeper_sigkill node=2 step=300"],
+)
+def test_the_last_rank_and_step_may_be_hit(entry: str) -> None:
+    assert problems_of(chaos__faults=[entry]) == []
+
+
+def test_misspelled_and_impossible_faults_are_told_together() -> None:
+    problems = problems_of(chaos__faults=["sigkil rank=0 step=1", "sigkill rank=9 step=999"])
+    assert len(problems) == 3
+
+
+def test_mistakes_in_every_section_are_told_together() -> None:
+    problems = problems_of(
+        seed=-1,
+        trainer__global_batch=25,
+        data__path="/x",
+        model__n_heads=3,
+        optim__lr=-1.0,
+        snapshot__buffers=1,
+        recovery__heartbeat_s=99.0,
+        launch__spares=-1,
+        chaos__faults=["nonsense"],
+    )
+    named = ["seed", "trainer.global_batch", "data.path", "model.n_heads", "optim.lr"]
+    named += ["snapshot.buffers", "recovery.heartbeat_s", "launch.spares", "chaos fault"]
+    assert all(any(problem.startswith(name) for problem in problems) for name in named)
+
+
+def test_zeros_everywhere_are_answered_not_divided_by() -> None:
+    zeros = {"trainer__global_batch": 0, "trainer__micro_batch": 0, "launch__nodes": 0, "snapshot__every_steps": 0}
+    zeros |= {"model__d_model": 0, "model__n_heads": 0, "optim__block_size": 0, "recovery__heartbeat_s": 0}
+    assert len(problems_of(**zeros)) == len(zeros)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_state_is_master_weights_and_moments_over_the_ranks_that_share_them() -> None:
+    """specs: arXiv 1910.02054 section 5, K = 12 for fp32 Adam; 4 + 2 + 8/B with 8-bit moments."""
+    count = parameter_count(RunConfig().model)
+    assert state_bytes(changed(optim__name=OptimName.ADAMW, parallel__zero_stage=0)) == 12 * count
+    assert state_bytes(changed(optim__name=OptimName.ADAMW, parallel__zero_stage=1)) == 4 * count
+    assert state_bytes(changed(launch__nodes=1)) == pytest.approx(6.03125 * count, abs=1)
+
+
+def test_snapshots_may_use_half_of_what_is_free() -> None:
+    config = RunConfig()
+    need = 3 * 3 * state_bytes(config)
+    assert check(config, Host(2 * need)) == []
+    (problem,) = check(config, Host(2 * need - 2))
+    assert problem.startswith(f"snapshots need {need:,} bytes of host memory")
+    assert "half of" in problem
+
+
+def test_a_limit_of_the_users_own_replaces_the_half() -> None:
+    config = changed(model__d_model=1024, model__n_layers=24, model__d_ff=4096, snapshot__memory_limit_gb=3.0)
+    per_node = 3 * state_bytes(config)
+    assert 1 * 10**9 < per_node < 3 * 10**9
+    assert check(config, Host(3 * per_node)) == []
+    (problem,) = check(config, Host(3 * per_node - 1))
+    assert problem.startswith(f"snapshots need {3 * per_node:,} bytes")
+    config.snapshot.memory_limit_gb = 1.0
+    (problem,) = check(config, BIG)
+    assert problem.startswith("snapshot.memory_limit_gb=1.0 must be at least ")
+    assert f"{per_node:,} bytes per node" in problem
+
+
+def test_the_way_out_names_what_would_help() -> None:
+    config = changed(optim__name=OptimName.ADAMW, parallel__zero_stage=0, snapshot__buffers=5)
+    (problem,) = check(config, Host(1000))
+    for way in ("smaller model", "parallel=zero2", "optim=adamw8bit", "snapshot.buffers", "memory_limit_gb"):
+        assert way in problem
+
+
+@pytest.mark.parametrize(("address", "ray_address"), [("auto", ""), ("", "10.0.0.1:6379")])
+def test_on_a_cluster_the_memory_of_this_machine_says_nothing(address: str, ray_address: str) -> None:
+    assert check(changed(launch__address=address), Host(1000, ray_address)) == []
+
+
+def test_without_ray_its_address_does_not_matter() -> None:
+    assert len(check(changed(launch__kind=LaunchKind.PROCESS), Host(1000, "10.0.0.1:6379"))) == 1
+
+
+def test_keepers_on_one_host_share_half_of_what_is_free() -> None:
+    assert keeper_limit_bytes(RunConfig(), Host(600)) == 100
+    assert keeper_limit_bytes(changed(launch__address="auto"), Host(600)) == 300
+    assert keeper_limit_bytes(changed(snapshot__memory_limit_gb=1.5), Host(600)) == 1_500_000_000
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "cache"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_a_container_offers_no_more_than_its_limit(
+    tmp_path: Path, folder: str, limit: str, used: str, cache: str
+) -> None:
+    assert validate._container_free_bytes(tmp_path) == float("inf")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("1000\n")
+    (tmp_path / folder / used).write_text("700\n")
+    (tmp_path / folder / "memory.stat").write_text(f"anon 5\n{cache} 200\n")
+    assert validate._container_free_bytes(tmp_path) == 500
+    (tmp_path / folder / used).write_text("1700\n")
+    assert validate._container_free_bytes(tmp_path) == 0
+
+
+def test_a_container_without_a_limit_offers_everything(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    assert validate._container_free_bytes(tmp_path) == float("inf")
+
+
+def test_checking_loads_neither_torch_nor_hydra() -> None:
+    code = "import sys; from holdfast.configs import validate; print({'torch', 'hydra', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

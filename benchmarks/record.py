@@ -11,7 +11,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["quartiles", "table", "write_record"]
+from holdfast.launch.identity import git_commit
+
+__all__ = ["quartiles", "spread", "table", "write_record"]
 
 _PACKAGES = ("holdfast", "torch", "deepspeed", "ray", "numpy", "pyarrow", "xxhash")
 
@@ -40,13 +42,33 @@ def versions() -> Mapping[str, str]:
     return found
 
 
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """``median (lower quartile–upper quartile)``."""
+    low, middle, high = quartiles(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
 def write_record(theme: str, title: str, body: str, *, hardware: str = "") -> Path:
     """Print the record and write ``records/<theme>_<hardware>_<yyyymm>.md`` beside this file."""
     today = datetime.date.today()
     hardware = hardware or f"cpu{os.cpu_count()}"
     command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     known = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = f"# {title}\n\n{today.isoformat()}, `{command}`, {os.cpu_count()} cores, Python {platform.python_version()}, {known}.\n\n{body}\n"
+    text = (
+        f"# {title}\n\n{today.isoformat()}, `{command}`, commit {git_commit(Path(__file__).parent) or 'unknown'}.\n\n"
+        f"{_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB, load average {os.getloadavg()[2]:.2f} over the last "
+        f"15 minutes; Python {platform.python_version()}, {known}.\n\n{body}\n"
+    )
     print(text)
     path = Path(__file__).parent / "records" / f"{theme}_{hardware}_{today:%Y%m}.md"
     path.parent.mkdir(exist_ok=True)

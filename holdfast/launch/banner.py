@@ -11,6 +11,7 @@ from holdfast.launch.identity import versions
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import size
 from holdfast.trainer import corpus
+from holdfast.trainer.config import TrackerName, WandbMode
 from holdfast.trainer.sizing import parameter_count
 from holdfast.trainer.token_store import TokenStore
 
@@ -25,10 +26,17 @@ def banner(config: RunConfig, run_dir: RunDir, attempt: int, store: TokenStore, 
         "memory": _memory(config),
         "data": corpus.describe(store),
         "resume": how,
-        "look": f"tail -f {run_dir.events_file}",
+        "look": f"{_tracker(config)} | tail -f {run_dir.events_file}",
     }
     set_knobs = ", ".join(f"{name}={value}" for name, value in knobs.set_knobs().items())
     return {**facts, "environ": set_knobs} if set_knobs else facts
+
+
+def _tracker(config: RunConfig) -> str:
+    if config.tracker.name is TrackerName.NONE:
+        return "W&B off (tracker=wandb turns it on)"
+    has_key = knobs.wandb_key() is not None
+    return "W&B " + ("offline" if config.tracker.mode is WandbMode.OFFLINE or not has_key else "online")
 
 
 def _devices(config: RunConfig) -> str:

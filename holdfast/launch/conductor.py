@@ -17,8 +17,8 @@ from holdfast.fault_tolerance.policy import DO_NOT_RESTART
 from holdfast.launch.calls import Calls, Gathered
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
+from holdfast.launch.plan import EpochPlan
 from holdfast.launch.pulse import Pulse
-from holdfast.launch.worker import EpochPlan
 from holdfast.types import StepReport
 
 __all__ = ["Conductor", "ProcessSpecs", "Verdict"]
@@ -109,7 +109,7 @@ class Conductor:
             outcome=self._verdict.outcome,
             exit_code=self._verdict.exit_code,
             reason=self._verdict.reason,
-            step=self._durable.newest_step if self._verdict.outcome == "stopped" else self._last_step(),
+            step=self._step_of(self._verdict.outcome),
             faults=self._supervisor.faults,
             steps_lost=self._supervisor.steps_lost,
             findings=self._result,
@@ -155,8 +155,11 @@ class Conductor:
         for action in actions:
             _HANDLERS[type(action)](self, action)
 
-    def _last_step(self) -> int:
-        return max((beat.step for beat in self._pulse.beats.values()), default=0)
+    def _step_of(self, outcome: str) -> int:
+        if outcome == "stopped":
+            return self._durable.newest_step
+        last = max((beat.step for beat in self._pulse.beats.values()), default=0)
+        return int(cast(int, self._result.get("step", last)))
 
     # -- processes ------------------------------------------------------------------------------------------------
 

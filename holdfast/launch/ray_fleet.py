@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from holdfast.configs.schema import LaunchConfig
 from holdfast.errors import ConfigurationError
@@ -29,11 +30,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
+    import ray._private.worker as ray_worker
     from ray.actor import ActorHandle
     from ray.exceptions import GetTimeoutError, RayActorError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 __all__ = ["RayFleet"]
+
+logger = logging.getLogger(__name__)
 
 _STOP_DEADLINE_S = 5.0
 
@@ -90,6 +94,8 @@ class RayFleet:
         self._next_call = 0
 
     def _connect(self, address: str) -> None:
+        # raylet's own words about dead workers would appear between the lines of the console, colours included.
+        ray_worker.print_to_stdstream = _to_our_log
         common = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "holdfast"}
         if address:
             try:
@@ -125,13 +131,17 @@ class RayFleet:
             "num_cpus": 0,
             "num_gpus": 0 if is_keeper else self._config.gpus_per_worker,
             "max_restarts": 0,
-            "concurrency_groups": {"control": 2},
             "scheduling_strategy": NodeAffinitySchedulingStrategy(self.hosts(node + 1)[node], soft=True),
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self._config.threads_per_worker)}},
+            "runtime_env": {"env_vars": self._environment()},
         }
         if is_keeper:
             options |= {"name": f"keeper-{self._run_tag}-{node}", "lifetime": "detached", "get_if_exists": True}
-        return ray.remote(_Actor).options(**options).remote(target.role.value, json.dumps(dict(spec)))
+        actor = ray.remote(concurrency_groups={"control": 2})(_Actor)
+        return actor.options(**options).remote(target.role.value, json.dumps(dict(spec)))
+
+    def _environment(self) -> dict[str, str]:
+        threads = {"OMP_NUM_THREADS": str(self._config.threads_per_worker)}
+        return threads if self._config.gpus_per_worker else {**threads, "CUDA_VISIBLE_DEVICES": ""}
 
     def call(self, target: Address, method: str, *args: object) -> int:
         self._next_call += 1
@@ -189,7 +199,7 @@ class RayFleet:
         leaving = [handle.leave.remote() for handle in self._handles.values()]
         if leaving:
             _, rest = ray.wait(leaving, num_returns=len(leaving), timeout=_STOP_DEADLINE_S)
-            slow = {ref: handle for ref, handle in zip(leaving, self._handles.values(), strict=True)}
+            slow = dict(zip(leaving, self._handles.values(), strict=True))
             for ref in rest:
                 with contextlib.suppress(RayError, GetTimeoutError):
                     ray.kill(slow[ref], no_restart=True)
@@ -197,10 +207,14 @@ class RayFleet:
         self._calls.clear()
 
 
+def _to_our_log(message: Mapping[str, object]) -> None:
+    for line in cast(Sequence[object], message.get("lines", ())):
+        logger.info("ray: %s", line)
+
+
 def _cause(error: RayActorError) -> str:
-    """Ray's first sentence about an actor's death; the rest is advice on its own logs."""
+    """Ray's first sentence about an actor's death; the rest is guesswork and advice on its own logs."""
     text = " ".join(str(error).split())
     for marker in ("Worker exit detail:", "The actor died unexpectedly before finishing this task.", "cause:"):
-        if marker in text:
-            text = text.split(marker, 1)[1].strip()
-    return text[:300]
+        text = text.partition(marker)[2].strip() or text
+    return text.partition(" Some common causes")[0][:300]

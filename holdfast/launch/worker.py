@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from holdfast.fault_tolerance.arena import Arena, ArenaRef
 from holdfast.fault_tolerance.messages import Outcome
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, copy_versions, required_bytes
 from holdfast.launch.hosts import describe_error
+from holdfast.launch.plan import EpochPlan
 from holdfast.launch.watch import BoardWatcher, Heart
 from holdfast.parallel.comms import TorchCommunicator, broken_collective
 from holdfast.trainer.build import Job, RankRun
@@ -30,22 +30,9 @@ from holdfast.trainer.loop import Ending
 from holdfast.trainer.token_store import TokenStore
 from holdfast.types import Phase
 
-__all__ = ["EpochPlan", "WorkerHost"]
+__all__ = ["WorkerHost"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EpochPlan:
-    """What a worker needs to know about one membership epoch."""
-
-    epoch: int
-    rank: int
-    world: int
-    version: int
-    """Version to start from; -1 is the fresh model."""
-    rendezvous: str
-    """Path of a file that no earlier epoch has used, on storage all ranks share."""
 
 
 class WorkerHost:

@@ -31,7 +31,6 @@ from holdfast.types import Precision, StateSlice
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
@@ -47,6 +46,9 @@ __all__ = ["OptimizerStates", "ZeroEngine", "ZeroOptions", "warm_up"]
 
 _PERSISTENT_ELEMENTS = 10_000
 """Stage 3 keeps smaller parameters gathered: norms of any model, no matrix of a real one."""
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)  # DeepSpeed calls it
 
 # DeepSpeed compiles a shared-memory operation when it finds a compiler; gloo does the same without.
 deepspeed.ops.__dict__["__compatible_ops__"] = {}

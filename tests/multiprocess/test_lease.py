@@ -35,7 +35,8 @@ with lease.hold(path, patience_s=20.0):
         pid = os.fork()
         if pid == 0:
             sys.exit()  # leaves the block of its parent
-        os.waitpid(pid, 0)
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, status
         pid = os.getpid()
     print(pid, flush=True)
     time.sleep(600)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from holdfast.configs.schema import LaunchConfig, LaunchKind, RunConfig
 from holdfast.fault_tolerance.config import ChaosConfig, RecoveryConfig, SnapshotConfig
 from holdfast.optim.config import OptimConfig
@@ -70,7 +72,8 @@ class Outcome:
     losses: dict[int, float]
     state: dict[str, bytes]
     """Every file of the last checkpoint that holds state: master weights, codes, absmax, random state."""
-    weights: bytes
+    weights: dict[str, bytes]
+    """Exported tensors; the file's header may name its metadata in any order."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Outcome) and not self.differences(other)
@@ -90,7 +93,7 @@ def outcome_of(run_dir: Path) -> Outcome:
     return Outcome(
         losses={r["step"]: r["loss"] for r in records if "loss" in r},
         state={p.name: p.read_bytes() for p in sorted(last.glob("rank*.bin"))},
-        weights=(run_dir / "export" / "model.safetensors").read_bytes(),
+        weights={n: t.numpy().tobytes() for n, t in load_file(run_dir / "export" / "model.safetensors").items()},
     )
 
 

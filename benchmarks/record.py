@@ -63,11 +63,13 @@ def write_record(theme: str, title: str, body: str, *, hardware: str = "") -> Pa
     today = datetime.date.today()
     hardware = hardware or f"cpu{os.cpu_count()}"
     command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    commit = git_commit(Path(__file__).parent) or "unknown"
+    machine = f"{_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB"
+    load = f"load average {os.getloadavg()[2]:.2f} over the last 15 minutes"
     known = ", ".join(f"{name} {version}" for name, version in versions().items())
     text = (
-        f"# {title}\n\n{today.isoformat()}, `{command}`, commit {git_commit(Path(__file__).parent) or 'unknown'}.\n\n"
-        f"{_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB, load average {os.getloadavg()[2]:.2f} over the last "
-        f"15 minutes; Python {platform.python_version()}, {known}.\n\n{body}\n"
+        f"# {title}\n\n{today.isoformat()}, `{command}`, commit {commit}.\n\n"
+        f"{machine}, {load}; Python {platform.python_version()}, {known}.\n\n{body}\n"
     )
     print(text)
     path = Path(__file__).parent / "records" / f"{theme}_{hardware}_{today:%Y%m}.md"

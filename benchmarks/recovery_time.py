@@ -9,7 +9,8 @@ had finished before. Three ways take turns with the same job and the same kills:
   is started with resume=auto at once. That flatters it: the checkpoint is of the very last step, on local disk, and
   nobody needed time to notice that the job had died.
 
-The floor is one undisturbed step of the same runs: nothing can resume faster.
+The floor is one undisturbed step of the same runs: nothing can resume faster. The parts are what the driver measured
+from the victim's last heartbeat on; they need not add up to the total.
 """
 
 from __future__ import annotations

@@ -10,13 +10,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
+import socket
+import struct
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -28,7 +31,13 @@ from holdfast.launch.hosts import CONTROL_METHODS, STORAGE_METHODS, Host, descri
 
 __all__ = ["ProcessFleet", "serve"]
 
+logger = logging.getLogger(__name__)
+
 _CLOSE_DEADLINE_S = 5.0
+_MESSAGE_DEADLINE_S = 10.0
+"""For the rest of a message that has begun, and for room for one."""
+_WISHES = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+"""What a terminal, a scheduler or a service manager sends to all processes of a run when it means the driver."""
 
 
 @dataclass(slots=True)
@@ -86,12 +95,20 @@ class _Unbuilt:
 def _run(role: str, spec: str, pipe: Connection) -> None:
     """Body of every process. Never returns: threads that are busy, or blocked for good, must not keep it alive."""
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
+        _leave_wishes_to_driver(Role(role))
         serve(_build(role, spec), pipe)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
+
+
+def _leave_wishes_to_driver(role: Role) -> None:
+    """A keeper outlives them, because it holds what is to be saved. A worker runs the user's code, whose own processes
+    must not inherit a SIGTERM that does nothing; the loss of a worker can be repaired."""
+    for number in _WISHES if role is Role.KEEPER else _WISHES - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WISHES)
 
 
 def _build(role: str, spec: str) -> Host:
@@ -110,6 +127,7 @@ class ProcessFleet:
         self._members: dict[Address, _Member] = {}
         self._leaving: list[BaseProcess] = []
         self._next_call = 0
+        self._forking = threading.Lock()
         # Python waits at its end for processes that wait for this one to close their sockets.
         atexit.register(self.close)
 
@@ -122,10 +140,32 @@ class ProcessFleet:
         process = self._context.Process(
             target=_run, args=(target.role.value, json.dumps(dict(spec)), theirs), name=name, daemon=False
         )
-        process.start()
-        theirs.close()
+        _limit_waiting(ours)
         self._members[target] = _Member(process, ours)
+        threading.Thread(target=self._fork, args=(process, theirs), daemon=True).start()
         return self.call(target, "ready")
+
+    def _fork(self, process: BaseProcess, theirs: Connection) -> None:
+        """In a thread of its own: the first fork waits until the fork server has imported everything. The server, and
+        through it every process until it decides for itself, inherits the thread's blocked signals."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WISHES)
+        try:
+            with self._forking:
+                process.start()
+        except (EOFError, OSError) as error:  # the server has ended; the next start makes a new one
+            logger.warning("%s could not be started: %r", process.name, error)
+        finally:
+            theirs.close()  # the process has its own copy; if there is no process, poll sees the end of the line
+
+    @contextlib.contextmanager
+    def _nobody_forks(self) -> Iterator[None]:
+        """multiprocessing looks after all processes whenever it starts one, and an exit code can be read only once."""
+        is_alone = self._forking.acquire(timeout=_CLOSE_DEADLINE_S)
+        try:
+            yield
+        finally:
+            if is_alone:
+                self._forking.release()
 
     def call(self, target: Address, method: str, *args: object) -> int:
         self._next_call += 1
@@ -159,15 +199,20 @@ class ProcessFleet:
     def _bury(self, target: Address) -> str:
         member = self._members.pop(target)
         member.pipe.close()
-        _end(member.process, _CLOSE_DEADLINE_S)
-        code = member.process.exitcode
+        if member.process.pid is None:
+            return "the process could not be started"
+        with self._nobody_forks():
+            _end(member.process, _CLOSE_DEADLINE_S)
+            code = member.process.exitcode
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name} (pid {member.process.pid})"
         return f"exited with code {code} (pid {member.process.pid})"
 
     def kill(self, target: Address) -> None:
         if target in self._members:
-            self._members[target].process.kill()
+            process = self._members[target].process
+            if process.pid is not None:  # one that starts later ends at once, because its line is dead
+                process.kill()
             self._bury(target)
 
     def release(self, target: Address) -> None:
@@ -180,10 +225,21 @@ class ProcessFleet:
         for target in list(self._members):
             self.release(target)
         end = time.monotonic() + _CLOSE_DEADLINE_S
-        for process in self._leaving:
-            _end(process, max(0.0, end - time.monotonic()))
+        with self._nobody_forks():
+            for process in self._leaving:
+                if process.pid is not None:
+                    _end(process, max(0.0, end - time.monotonic()))
         self._leaving.clear()
         atexit.unregister(self.close)
+
+
+def _limit_waiting(pipe: Connection) -> None:
+    """A process may freeze in the middle of a message; whoever reads or writes the rest gets an OSError in the end."""
+    seconds, rest = divmod(_MESSAGE_DEADLINE_S, 1.0)
+    limit = struct.pack("ll", int(seconds), int(rest * 1e6))  # struct timeval
+    with socket.socket(fileno=os.dup(pipe.fileno())) as line:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            line.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _end(process: BaseProcess, patience_s: float) -> None:

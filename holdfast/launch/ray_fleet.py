@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from holdfast.configs.schema import LaunchConfig
@@ -108,7 +109,7 @@ class RayFleet:
             return
         # Ray leaves its session directory behind; a private one can be removed. The path must stay short:
         # Ray puts Unix sockets below it, and those have at most 107 characters.
-        self._temp_dir = tempfile.mkdtemp(prefix="hf-ray-", dir="/tmp")
+        self._temp_dir = tempfile.mkdtemp(prefix=f"hf-ray-{os.getpid()}-", dir="/tmp")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             num_cpus=max(os.cpu_count() or 1, 8),
@@ -193,7 +194,7 @@ class RayFleet:
         self._leave_all()
         ray.shutdown()
         if self._temp_dir is not None:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            _remove(Path(self._temp_dir), time.monotonic() + _STOP_DEADLINE_S)
 
     def _leave_all(self) -> None:
         leaving = [handle.leave.remote() for handle in self._handles.values()]
@@ -207,7 +208,14 @@ class RayFleet:
         self._calls.clear()
 
 
-def _to_our_log(message: Mapping[str, object]) -> None:
+def _remove(directory: Path, deadline_s: float) -> None:
+    """Ray's processes write their last words after ``shutdown`` has returned."""
+    while directory.exists() and time.monotonic() < deadline_s:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.05)
+
+
+def _to_our_log(message: Mapping[str, object], **_: object) -> None:
     for line in cast(Sequence[object], message.get("lines", ())):
         logger.info("ray: %s", line)
 

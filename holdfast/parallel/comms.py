@@ -111,9 +111,7 @@ class TorchCommunicator:
             dist.destroy_process_group()
 
 
-def _await_everybody(
-    store: Store, rank: int, world: int, deadline_s: float, should_leave: Callable[[], bool]
-) -> None:
+def _await_everybody(store: Store, rank: int, world: int, deadline_s: float, should_leave: Callable[[], bool]) -> None:
     """torch waits for late ranks inside a call that nothing can interrupt; so nobody enters it before all are here."""
     store.set(f"arrived/{rank}", "")
     missing = [f"arrived/{other}" for other in range(world)]

@@ -36,6 +36,7 @@ with warnings.catch_warnings():
     import deepspeed
     import deepspeed.comm.comm as ds_comm
     import deepspeed.ops
+    from deepspeed.runtime.zero import parameter_offload as ds_offload
     from deepspeed.runtime.zero import partition_parameters as ds_partition
     from deepspeed.runtime.zero import stage3 as ds_stage3
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -481,6 +482,7 @@ def _release(engine: Any) -> None:
     for parameter in engine.module.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
         parameter.grad = None
+    ds_offload.FWD_MODULE_STACK.clear()
     ds_groups._release_process_group_references()
     ds_comm.cdb = None
 

@@ -88,6 +88,7 @@ class RankRun:
             rank=comm.rank,
             world=comm.world,
         )
+        torch.manual_seed(options.seed + comm.rank)  # whatever else this process has drawn
         self._engine = _build_engine(job, comm.world)
         self.view = StateView(TrainState(), self._engine, rank=comm.rank)
         steps = options.trainer.max_steps

@@ -112,13 +112,15 @@ def test_a_rank_is_forgotten_with_its_keeper_and_read_from_the_start_at_its_succ
         board.append(_report(step))
     driver.turn()
     successor = make_keeper()
-    attach(successor).board.append(_report(4))
+    board = attach(successor).board
+    for step in range(4, 10):
+        board.append(_report(step))
     driver.fleet.bodies[Address(Role.KEEPER, 0)] = successor
     driver.pulse.forget_rank(0)
     driver.pulse.forget_rank(0)
     assert (driver.pulse.beats, driver.pulse.versions) == ({}, {})
     driver.turn()
-    assert [report.step for report in driver.steps] == [1, 2, 3, 4]
+    assert [report.step for report in driver.steps] == list(range(1, 10))
 
 
 # -- a step is told once ----------------------------------------------------------------------------------------------
@@ -134,6 +136,17 @@ def test_a_step_that_every_rank_tells_of_is_told_once_and_in_order() -> None:
         boards[(step + 1) % 2].append(replace(_report(step), stall_s=0.5))
     driver.turn()
     assert driver.steps == [_report(step) for step in range(1, 10)]
+
+
+def test_only_reports_that_are_new_are_asked_for() -> None:
+    keeper = make_keeper()
+    board = attach(keeper, 3).board
+    driver = _Driver(keeper)
+    for step in (1, 2):
+        board.append(_report(step))
+        driver.turn()
+    driver.ask()
+    assert [sent.args for sent in driver.fleet.sent] == [({},), ({"3": 1},), ({"3": 2},)]
 
 
 def test_a_step_of_which_only_one_rank_lived_to_tell_is_told() -> None:

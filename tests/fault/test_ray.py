@@ -1,0 +1,126 @@
+"""The same oracle through Ray: actors instead of forked processes, a private Ray or a running cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from holdfast.configs.plain import to_plain
+from holdfast.configs.schema import LaunchKind, RunConfig
+from holdfast.launch.run import Result, train
+from tests.support.runs import events_of, outcome_of, tiny_config, write_corpus
+
+pytestmark = pytest.mark.timeout(300)
+
+_STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Result:
+    return train(tiny_config(tmp_path_factory.mktemp("undisturbed"), corpus, steps=_STEPS, spares=0))
+
+
+def _on_ray(config: RunConfig, **options: object) -> RunConfig:
+    return replace(config, launch=replace(config.launch, kind=LaunchKind.LOCAL, **options))  # type: ignore[arg-type]
+
+
+def test_a_killed_actor_leaves_no_trace_in_the_result(tmp_path: Path, corpus: Path, undisturbed: Result) -> None:
+    faults = ["sigkill rank=1 step=3 at=step.after_backward"]
+    result = train(_on_ray(tiny_config(tmp_path, corpus, steps=_STEPS, faults=faults)))
+    (fault,) = events_of(result.run_dir, "fault_detected")
+    assert fault["ranks"] == [1]
+    assert result.exit_code == 0
+    assert outcome_of(undisturbed.run_dir).differences(outcome_of(result.run_dir)) == []
+    assert not list(Path("/tmp").glob(f"hf-ray-{os.getpid()}-*"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Two raylets that belong to nobody's run."""
+    from ray.cluster_utils import Cluster
+
+    running = Cluster()
+    try:
+        for _ in range(2):
+            running.add_node(num_cpus=4, object_store_memory=80_000_000, include_dashboard=False)
+        yield str(running.address)
+    finally:
+        running.shutdown()
+
+
+def _drive(config: RunConfig) -> subprocess.Popen[bytes]:
+    """A driver in a process of its own, so that it can be killed."""
+    code = (
+        "import json, sys; from holdfast.configs.plain import from_plain; from holdfast.launch.run import train; "
+        "sys.exit(train(from_plain(json.loads(sys.argv[1]))).exit_code)"
+    )
+    plain = json.dumps(to_plain(config))
+    return subprocess.Popen([sys.executable, "-c", code, plain], stdout=subprocess.DEVNULL)
+
+
+def _await_step(root: Path, step: int, deadline_s: float = 90.0) -> Path:
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        for metrics in root.glob("*/*/metrics.jsonl"):
+            if any(json.loads(line).get("step", 0) >= step for line in metrics.read_text().splitlines()):
+                return metrics.parent
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} was not finished within {deadline_s} s")
+
+
+def test_joined_cluster_keeps_running_and_the_detached_keepers_leave_after_their_lease(
+    tmp_path: Path, corpus: Path, cluster: str, undisturbed: Result
+) -> None:
+    config = _on_ray(tiny_config(tmp_path, corpus, steps=400, lease_s=3.0), address=cluster)
+    driver = _drive(replace(config, snapshot=replace(config.snapshot, persist_every_steps=2)))
+    run_dir = _await_step(tmp_path, 6)
+    before = _actors()
+    assert len(before) >= 6, "three keepers and three workers"
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(30)
+    assert _gone(before, deadline_s=30.0), "workers die with their driver, keepers when nobody renews their lease"
+    assert list((run_dir / "checkpoints").glob("step-*/commit.json"))
+
+
+def test_sigterm_stops_a_run_on_a_joined_cluster_after_saving(tmp_path: Path, corpus: Path, cluster: str) -> None:
+    driver = _drive(_on_ray(tiny_config(tmp_path, corpus, steps=400), address=cluster))
+    run_dir = _await_step(tmp_path, 3)
+    before = _actors()
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(60) == 75
+    assert _gone(before, deadline_s=15.0)
+    (ended,) = events_of(run_dir, "run_ended")
+    assert ended["outcome"] == "stopped"
+    assert ended["step"] >= 3
+
+
+def _actors() -> list[psutil.Process]:
+    """Processes of Ray that are an actor of ours."""
+    return [p for p in psutil.process_iter() if "ray::_Actor" in _title(p)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _gone(processes: list[psutil.Process], deadline_s: float) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=deadline_s)
+    return not alive

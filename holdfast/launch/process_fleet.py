@@ -34,7 +34,7 @@ __all__ = ["ProcessFleet", "serve"]
 logger = logging.getLogger(__name__)
 
 _CLOSE_DEADLINE_S = 5.0
-_MESSAGE_DEADLINE_S = 10.0
+_MESSAGE_DEADLINE_S = 10
 """For the rest of a message that has begun, and for room for one."""
 _WISHES = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 """What a terminal, a scheduler or a service manager sends to all processes of a run when it means the driver."""
@@ -235,8 +235,7 @@ class ProcessFleet:
 
 def _limit_waiting(pipe: Connection) -> None:
     """A process may freeze in the middle of a message; whoever reads or writes the rest gets an OSError in the end."""
-    seconds, rest = divmod(_MESSAGE_DEADLINE_S, 1.0)
-    limit = struct.pack("ll", int(seconds), int(rest * 1e6))  # struct timeval
+    limit = struct.pack("ll", _MESSAGE_DEADLINE_S, 0)  # struct timeval
     with socket.socket(fileno=os.dup(pipe.fileno())) as line:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             line.setsockopt(socket.SOL_SOCKET, option, limit)

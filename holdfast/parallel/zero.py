@@ -483,6 +483,11 @@ def _release(engine: Any) -> None:
         parameter.data = torch.empty(0, dtype=parameter.dtype)
         parameter.grad = None
     ds_offload.FWD_MODULE_STACK.clear()
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as C
+    for method in vars(C).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
     ds_groups._release_process_group_references()
     ds_comm.cdb = None
 

@@ -17,7 +17,7 @@ from holdfast.fault_tolerance.policy import DO_NOT_RESTART
 from holdfast.launch.calls import Calls, Gathered
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
-from holdfast.launch.plan import EpochPlan
+from holdfast.launch.protocol import EpochPlan
 from holdfast.launch.pulse import Pulse
 from holdfast.types import StepReport
 

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-import traceback
 from collections.abc import Mapping
 from typing import Protocol, cast
 
 from holdfast.clock import SystemClock
-from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.keeper import Keeper
 from holdfast.launch.fleet import Role
 
-__all__ = ["CONTROL_METHODS", "STORAGE_METHODS", "Host", "KeeperHost", "describe_error", "make_host"]
-
-CONTROL_METHODS = frozenset(
-    {"abort", "stop", "drain", "kill", "pulse", "fence", "admit", "inventory", "forget_above", "quarantine"}
-)
-"""Calls that must not wait behind a long one: an epoch that runs, a checkpoint that is written."""
-STORAGE_METHODS = frozenset({"persist"})
-"""Calls that take as long as the storage does; they wait for each other, and nothing else waits for them."""
+__all__ = ["Host", "KeeperHost", "make_host"]
 
 
 class Host(Protocol):
@@ -57,11 +48,3 @@ def make_host(role: Role, spec: Mapping[str, object]) -> Host:
         lease_s=float(cast(float, spec["lease_s"])),
         clock=SystemClock(),
     )
-
-
-def describe_error(error: BaseException) -> str:
-    """One line naming the error, then the traceback, unless the message alone says what to do."""
-    head = f"{type(error).__name__}: {error}"
-    if isinstance(error, ConfigurationError):
-        return head
-    return head + "\n" + "".join(traceback.format_exception(error))

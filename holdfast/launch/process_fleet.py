@@ -22,12 +22,14 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
 from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
-from holdfast.launch.hosts import CONTROL_METHODS, STORAGE_METHODS, Host, describe_error, make_host
+from holdfast.launch.hosts import Host, make_host
+from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
 
 __all__ = ["ProcessFleet", "serve"]
 
@@ -148,6 +150,7 @@ class ProcessFleet:
     def _fork(self, process: BaseProcess, theirs: Connection) -> None:
         """In a thread of its own: the first fork waits until the fork server has imported everything. The server, and
         through it every process until it decides for itself, inherits the thread's blocked signals."""
+        resource_tracker.ensure_running()  # first, because starting it unblocks them
         signal.pthread_sigmask(signal.SIG_BLOCK, _WISHES)
         try:
             with self._forking:

@@ -24,7 +24,8 @@ from typing import cast
 from holdfast.configs.schema import LaunchConfig
 from holdfast.errors import ConfigurationError
 from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
-from holdfast.launch.hosts import CONTROL_METHODS, describe_error, make_host
+from holdfast.launch.hosts import make_host
+from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -32,7 +33,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
     import ray._private.worker as ray_worker
-    from ray.actor import ActorHandle
+    from ray.actor import ActorHandle, ActorMethod
     from ray.exceptions import GetTimeoutError, RayActorError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -68,6 +69,10 @@ class _Actor:
 
     @ray.method(concurrency_group="control")
     def control(self, method: str, args: str) -> str:
+        return self._run(method, args)
+
+    @ray.method(concurrency_group="storage")
+    def store(self, method: str, args: str) -> str:
         return self._run(method, args)
 
     @ray.method(concurrency_group="control")
@@ -137,7 +142,7 @@ class RayFleet:
         }
         if is_keeper:
             options |= {"name": f"keeper-{self._run_tag}-{node}", "lifetime": "detached", "get_if_exists": True}
-        actor = ray.remote(concurrency_groups={"control": 2})(_Actor)
+        actor = ray.remote(concurrency_groups={"control": 2, "storage": 1})(_Actor)
         return actor.options(**options).remote(target.role.value, json.dumps(dict(spec)))
 
     def _environment(self) -> dict[str, str]:
@@ -148,8 +153,7 @@ class RayFleet:
         self._next_call += 1
         handle = self._handles.get(target)
         if handle is not None:  # otherwise it is reported as lost already and the call never completes
-            run = handle.control if method in CONTROL_METHODS else handle.run
-            self._calls[run.remote(method, json.dumps(args))] = _Call(self._next_call, target)
+            self._calls[_lane(handle, method).remote(method, json.dumps(args))] = _Call(self._next_call, target)
         return self._next_call
 
     def poll(self, timeout_s: float) -> list[Report]:
@@ -206,6 +210,12 @@ class RayFleet:
                     ray.kill(slow[ref], no_restart=True)
         self._handles.clear()
         self._calls.clear()
+
+
+def _lane(handle: ActorHandle, method: str) -> ActorMethod:
+    if method in CONTROL_METHODS:
+        return handle.control
+    return handle.store if method in STORAGE_METHODS else handle.run
 
 
 def _remove(directory: Path, deadline_s: float) -> None:

@@ -21,8 +21,7 @@ from holdfast.fault_tolerance import chaos
 from holdfast.fault_tolerance.arena import Arena, ArenaRef
 from holdfast.fault_tolerance.messages import Outcome
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, copy_versions, required_bytes
-from holdfast.launch.hosts import describe_error
-from holdfast.launch.plan import EpochPlan
+from holdfast.launch.protocol import EpochPlan, describe_error
 from holdfast.launch.watch import BoardWatcher, Heart
 from holdfast.parallel.comms import TorchCommunicator, broken_collective
 from holdfast.trainer.build import Job, RankRun
@@ -55,8 +54,9 @@ class WorkerHost:
     # -- calls from the driver ------------------------------------------------------------------------------------
 
     def ready(self) -> dict[str, object]:
-        """Import everything a rank needs, so that a spare is warm."""
+        """Do everything once that takes long the first time, so that a spare is warm."""
         TokenStore.open(self._job.store)
+        self._job.rehearse()
         return {"pid": os.getpid(), "host": socket.gethostname()}
 
     def attach(self, rank: int, ref: Mapping[str, object]) -> None:
@@ -130,7 +130,9 @@ class WorkerHost:
         assert self._arena is not None, "attach comes before run_epoch"
         watcher = self._enter_epoch(plan, self._arena)
         watcher.enter(Phase.JOIN, max(plan.version, 0))
+        laps = _Laps()
         comm = self._join(plan, watcher)
+        laps.end("join")
         failpoints.hit("recovery.after_join", plan.version)
         watcher.enter(Phase.BUILD, max(plan.version, 0))
         snapshots = ArenaSnapshotter(
@@ -142,9 +144,13 @@ class WorkerHost:
             persist_every=self._config.snapshot.persist_every_steps,
         )
         run = RankRun(self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._notes.append)
+        laps.end("build")
         try:
             self._arena.reserve(required_bytes(run.view.capture()))
+            laps.end("reserve")
             run.trainer.restore(snapshots, plan.version)
+            laps.end("restore")
+            logger.info("epoch %d begins at version %d: %s", plan.epoch, plan.version, laps)
             ending = run.trainer.fit()
             result = run.conclude() if ending is Ending.FINISHED else {}
             return _answer(Outcome(ending.value), version=run.view.train.step, result=result)
@@ -185,6 +191,20 @@ class WorkerHost:
         if self._arena is not None:
             self._arena.board.enter(Phase.PARKED, max(plan.version, 0), time.monotonic())
         failpoints.hit("recovery.after_abort", plan.version)
+
+
+class _Laps:
+    """Where the seconds between a plan and the first step go."""
+
+    def __init__(self) -> None:
+        self._started_s, self._laps = time.monotonic(), dict[str, float]()
+
+    def end(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[name], self._started_s = now - self._started_s, now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._laps.items())
 
 
 def _answer(

@@ -484,6 +484,7 @@ def _release(engine: Any) -> None:
         parameter.grad = None
     ds_offload.FWD_MODULE_STACK.clear()
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as C
+
     for method in vars(C).values():
         for cell in getattr(method, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from holdfast import failpoints, optim
 from holdfast.fault_tolerance.config import SnapshotConfig
 from holdfast.optim.config import OptimConfig, OptimName
 from holdfast.optim.schedules import learning_rate
+from holdfast.parallel.comms import TorchCommunicator
 from holdfast.parallel.config import ParallelConfig
 from holdfast.parallel.zero import ZeroEngine, ZeroOptions
 from holdfast.trainer import tokenizer
@@ -33,6 +35,7 @@ Note = Callable[[dict[str, object]], None]
 """Takes a JSON record of something that happened besides a step."""
 
 _TEMPERATURE, _TOP_K = 0.8, 50
+_TINY = ModelConfig(name="tiny", d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32, max_seq_len=8)
 
 
 class Options(Protocol):
@@ -70,6 +73,21 @@ class Job:
     def backend(self) -> str:
         return "nccl" if self.device.type == "cuda" else "gloo"
 
+    def rehearse(self) -> None:
+        """Build a tiny engine alone and make a step. Much is imported and compiled on first use; a fault need not
+        wait for it then. Takes seconds, once per process."""
+        options, tokens = self.options, torch.zeros(1, _TINY.max_seq_len, dtype=torch.long, device=self.device)
+        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
+            alone = TorchCommunicator.join(f"{folder}/alone", rank=0, world=1, backend=self.backend, timeout_s=60.0)
+            try:
+                engine = _build_engine(options, _TINY, self.device, micro_batch=1, accumulation=1)
+                engine.backward(engine.loss(tokens, tokens))
+                engine.update(options.optim.lr)
+                engine.refresh()
+                engine.close()
+            finally:
+                alone.close()
+
 
 class RankRun:
     """Collective. One rank in one epoch, with fresh weights: the trainer and what surrounds it."""
@@ -89,7 +107,11 @@ class RankRun:
             world=comm.world,
         )
         torch.manual_seed(options.seed + comm.rank)  # whatever else this process has drawn
-        self._engine = _build_engine(job, comm.world)
+        micro_batch = options.trainer.micro_batch
+        accumulation = options.trainer.global_batch // (micro_batch * comm.world)
+        self._engine = _build_engine(
+            options, options.model, job.device, micro_batch=micro_batch, accumulation=accumulation
+        )
         self.view = StateView(TrainState(), self._engine, rank=comm.rank)
         steps = options.trainer.max_steps
         parts = StepParts(
@@ -147,12 +169,12 @@ class RankRun:
         return bits, self._job.options.trainer.eval_windows
 
 
-def _build_engine(job: Job, world: int) -> ZeroEngine:
-    options = job.options
-    model = Decoder(options.model)
+def _build_engine(
+    options: Options, config: ModelConfig, device: torch.device, *, micro_batch: int, accumulation: int
+) -> ZeroEngine:
+    model = Decoder(config)
     initialise(model, options.seed)
-    model.to(job.device)
-    micro_batch = options.trainer.micro_batch
+    model.to(device)
     return ZeroEngine(
         model,
         optim.parameter_groups(model.named_parameters(), options.optim),
@@ -162,7 +184,7 @@ def _build_engine(job: Job, world: int) -> ZeroEngine:
             stage=options.parallel.zero_stage,
             precision=options.parallel.precision,
             micro_batch=micro_batch,
-            accumulation=options.trainer.global_batch // (micro_batch * world),
+            accumulation=accumulation,
             grad_clip=options.optim.grad_clip,
             bucket_elements=options.parallel.bucket_elements,
             block_size=options.optim.block_size if options.optim.name is OptimName.ADAMW8BIT else 1,

@@ -141,12 +141,11 @@ def test_a_process_that_cannot_be_built_answers_with_the_reason_and_waits_to_be_
 
 def test_calls_run_in_order_and_many_at_once(fleet: ProcessFleet) -> None:
     _start(fleet, 0, 1)
-    calls = [fleet.call(_keeper(n % 2), "admit", n) for n in range(40)]
+    calls = [fleet.call(_keeper(n % 2), "ready") for n in range(40)]
     reports = _until(fleet, lambda so_far: len(so_far) == 40)
     for node in (0, 1):
         answers = [r for r in reports if r.target == _keeper(node) and isinstance(r, Completion)]
         assert [a.call for a in answers] == [call for n, call in enumerate(calls) if n % 2 == node]
-        assert [a.result["rank"] for a in answers] == list(range(node, 40, 2))  # type: ignore[index]  # JSON
 
 
 def _blocking_checkpoint(root: Path) -> Path:
@@ -178,7 +177,7 @@ def test_a_poll_without_news_takes_its_time_and_returns_nothing(fleet: ProcessFl
 # -- death ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
 def test_a_death_is_reported_once_with_the_signal_that_caused_it(fleet: ProcessFleet, number: signal.Signals) -> None:
     first, second = _start(fleet, 0, 1)
     os.kill(first, number)
@@ -251,10 +250,44 @@ def test_a_dead_process_leaves_no_descriptor_behind(fleet: ProcessFleet) -> None
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2  # the last one's, until the next is started
 
 
-def test_control_c_reaches_the_driver_alone(fleet: ProcessFleet) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_wish_to_stop_is_for_the_driver_alone(fleet: ProcessFleet, number: signal.Signals) -> None:
+    """Terminals, schedulers and service managers send it to all processes; a keeper holds what is to be saved."""
     (pid,) = _start(fleet, 0)
-    os.kill(pid, signal.SIGINT)
+    for child in [pid, *_children(os.getpid())]:  # the fork server is one of them
+        os.kill(child, number)
     assert _answer(fleet, fleet.call(_keeper(0), "ready")).result["pid"] == pid  # type: ignore[index]  # JSON
+    assert _start(fleet, 1)
+
+
+def test_a_start_does_not_wait_for_the_fork_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(600)")
+    monkeypatch.syspath_prepend(tmp_path)
+    forkserver._forkserver._stop()
+    fleet, before = ProcessFleet(preload=("slow_to_import",)), time.monotonic()
+    call = fleet.start(_keeper(0), 0, _spec(0))
+    assert fleet.poll(0.1) == []
+    fleet.kill(_keeper(0))
+    assert call
+    assert fleet.poll(0.1) == []
+    fleet.close()
+    assert time.monotonic() - before < 5.0
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    forkserver._forkserver._stop()
+
+
+def test_a_process_that_cannot_be_started_is_lost_and_its_successor_gets_another_fork_server(
+    fleet: ProcessFleet,
+) -> None:
+    _start(fleet, 0)
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(server, signal.SIGSTOP)  # so that it takes the next start and never answers
+    fleet.start(_keeper(1), 1, _spec(1))
+    time.sleep(0.1)
+    os.kill(server, signal.SIGKILL)
+    reports = _until(fleet, lambda so_far: len(so_far) > 0)
+    assert reports == [Lost(_keeper(1), "the process could not be started")]
+    assert _start(fleet, 1)
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

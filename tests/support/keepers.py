@@ -11,7 +11,7 @@ from holdfast.fault_tolerance.arena import Arena, ArenaRef
 from holdfast.fault_tolerance.keeper import Keeper
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, required_bytes
 from holdfast.launch.fleet import Address, Completion, Report, Role
-from holdfast.launch.hosts import describe_error
+from holdfast.launch.protocol import describe_error
 from tests.support.snapshots import RUN_TAG, filled_state
 
 __all__ = ["LocalFleet", "Sent", "attach", "make_keeper", "offer", "writer"]

@@ -16,7 +16,8 @@ import pytest
 from holdfast.errors import Abort, ConfigurationError, InvariantViolation
 from holdfast.launch import process_fleet
 from holdfast.launch.fleet import Address, Lost, Role
-from holdfast.launch.hosts import CONTROL_METHODS, STORAGE_METHODS, KeeperHost, describe_error, make_host
+from holdfast.launch.hosts import KeeperHost, make_host
+from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
 from holdfast.launch.process_fleet import ProcessFleet, _Member, serve
 
 _DEADLINE_S = 20.0
@@ -42,8 +43,8 @@ class _Host:
         assert gate is None or gate.wait(_DEADLINE_S)
         return [name, *args]
 
-    def admit(self, *args: object) -> list[object]:
-        return self._pass("admit", *args)
+    def verify(self, *args: object) -> list[object]:
+        return self._pass("verify", *args)
 
     def load(self, *args: object) -> list[object]:
         return self._pass("load", *args)
@@ -109,23 +110,23 @@ def line() -> Iterator[_Line]:
 
 
 def test_calls_are_answered_in_order(line: _Line) -> None:
-    calls = [line.call("admit", n) for n in range(20)]
-    assert [line.answer() for _ in calls] == [(call, ["admit", n], None) for n, call in enumerate(calls)]
+    calls = [line.call("verify", n) for n in range(20)]
+    assert [line.answer() for _ in calls] == [(call, ["verify", n], None) for n, call in enumerate(calls)]
 
 
 def test_a_long_call_holds_up_ordinary_calls_but_no_pulse(line: _Line) -> None:
     go_on = line.hold_up("load")
-    load, admit, pulse = line.call("load"), line.call("admit"), line.call("pulse")
+    load, verify, pulse = line.call("load"), line.call("verify"), line.call("pulse")
     assert line.answer()[0] == pulse
     assert not line.pipe.poll(0.0)
     go_on()
-    assert [line.answer()[0], line.answer()[0]] == [load, admit]
+    assert [line.answer()[0], line.answer()[0]] == [load, verify]
 
 
 def test_a_checkpoint_that_is_being_written_holds_up_nothing_but_the_next_one(line: _Line) -> None:
     go_on = line.hold_up("persist")
     first, second = line.call("persist", 1), line.call("persist", 2)
-    others = [line.call(method) for method in ("admit", "load", "pulse")]
+    others = [line.call(method) for method in ("verify", "load", "pulse")]
     assert sorted(line.answer()[0] for _ in others) == others
     assert line.host.begun.count("persist") == 1
     go_on()
@@ -152,8 +153,8 @@ def test_whatever_a_method_raises_is_an_answer_and_the_next_call_is_served(line:
     call = line.call(method)
     answered, result, error = line.answer()
     assert (answered, result, (error or "").splitlines()[0]) == (call, None, says)
-    line.call("admit")
-    assert line.answer()[1] == ["admit"]
+    line.call("verify")
+    assert line.answer()[1] == ["verify"]
 
 
 def test_long_answers_of_several_threads_do_not_mix(line: _Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,11 +171,11 @@ def test_long_answers_of_several_threads_do_not_mix(line: _Line, monkeypatch: py
 
 def test_a_host_that_has_no_driver_any_more_hangs_up_once_and_finishes_what_it_is_at() -> None:
     line = _Line()
-    line.hold_up("admit")
-    line.call("admit")
+    line.hold_up("verify")
+    line.call("verify")
     line.close()
     assert line.host.hung_up == 1
-    assert line.host.begun == ["admit"]
+    assert line.host.begun == ["verify"]
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
@@ -271,6 +272,18 @@ def test_a_process_without_a_socket_does_not_live_on_unnoticed() -> None:
     assert fleet.poll(0.0) == [Lost(target, "killed by SIGKILL (pid 4711)")]
     assert not process.is_alive()
     assert all(timeout > 0 for timeout in process.waited)
+    fleet.close()
+
+
+def test_a_process_that_freezes_in_the_middle_of_an_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_fleet, "_MESSAGE_DEADLINE_S", 1)
+    fleet, process, target = ProcessFleet(preload=()), _Stubborn(), Address(Role.KEEPER, 0)
+    ours, theirs = Pipe()
+    process_fleet._limit_waiting(ours)
+    fleet._members[target] = _Member(process, ours)  # type: ignore[arg-type]  # stands for a process
+    os.write(theirs.fileno(), b"\x00\x00\x10\x00 the rest never comes")
+    assert fleet.poll(0.0) == [Lost(target, "killed by SIGKILL (pid 4711)")]
+    theirs.close()
     fleet.close()
 
 

@@ -1,0 +1,38 @@
+"""What the driver and its processes say to each other, besides the names of methods."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+
+from holdfast.errors import ConfigurationError
+
+__all__ = ["CONTROL_METHODS", "STORAGE_METHODS", "EpochPlan", "describe_error"]
+
+CONTROL_METHODS = frozenset(
+    {"abort", "stop", "drain", "kill", "pulse", "fence", "admit", "inventory", "forget_above", "quarantine"}
+)
+"""Calls that must not wait behind a long one: an epoch that runs, a checkpoint that is written."""
+STORAGE_METHODS = frozenset({"persist"})
+"""Calls that take as long as the storage does; they wait for each other, and nothing else waits for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """What a worker needs to know about one membership epoch."""
+
+    epoch: int
+    rank: int
+    world: int
+    version: int
+    """Version to start from; -1 is the fresh model."""
+    rendezvous: str
+    """Path of a file that no earlier epoch has used, on storage all ranks share."""
+
+
+def describe_error(error: BaseException) -> str:
+    """One line naming the error, then the traceback, unless the message alone says what to do."""
+    head = f"{type(error).__name__}: {error}"
+    if isinstance(error, ConfigurationError):
+        return head
+    return head + "\n" + "".join(traceback.format_exception(error))

@@ -150,10 +150,11 @@ class ProcessFleet:
     def _fork(self, process: BaseProcess, theirs: Connection) -> None:
         """In a thread of its own: the first fork waits until the fork server has imported everything. The server, and
         through it every process until it decides for itself, inherits the thread's blocked signals."""
-        resource_tracker.ensure_running()  # first, because starting it unblocks them
-        signal.pthread_sigmask(signal.SIG_BLOCK, _WISHES)
         try:
             with self._forking:
+                signal.pthread_sigmask(signal.SIG_BLOCK, _WISHES)
+                resource_tracker.ensure_running()  # an heir, too; Python unblocks SIGINT and SIGTERM behind its back
+                signal.pthread_sigmask(signal.SIG_BLOCK, _WISHES)
                 process.start()
         except (EOFError, OSError) as error:  # the server has ended; the next start makes a new one
             logger.warning("%s could not be started: %r", process.name, error)

@@ -57,6 +57,8 @@ class WorkerHost:
         """Do everything once that takes long the first time, so that a spare is warm."""
         TokenStore.open(self._job.store)
         self._job.rehearse()
+        gc.collect()
+        gc.freeze()  # leaving an epoch collects garbage; it need not look through all of torch and DeepSpeed for it
         return {"pid": os.getpid(), "host": socket.gethostname()}
 
     def attach(self, rank: int, ref: Mapping[str, object]) -> None:

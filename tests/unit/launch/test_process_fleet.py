@@ -17,8 +17,8 @@ from holdfast.errors import Abort, ConfigurationError, InvariantViolation
 from holdfast.launch import process_fleet
 from holdfast.launch.fleet import Address, Lost, Role
 from holdfast.launch.hosts import KeeperHost, make_host
-from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
 from holdfast.launch.process_fleet import ProcessFleet, _Member, serve
+from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
 
 _DEADLINE_S = 20.0
 

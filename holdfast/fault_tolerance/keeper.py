@@ -92,6 +92,7 @@ class Keeper:
         self._lease_s, self._clock, self._heard_s = lease_s, clock, clock.now()
         self._arenas: dict[int, Arena] = {}
         self._fence_epoch = 0
+        self._plans = 0  # fences and starts of epochs so far: what was begun before the last one is not wanted any more
         self._lock = threading.RLock()
 
     # -- the node -------------------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ class Keeper:
 
     def fence(self, epoch: int) -> None:
         with self._lock:
+            self._plans += 1
             self._fence_epoch = max(self._fence_epoch, epoch)
             for arena in self._arenas.values():
                 arena.board.fence(epoch)
@@ -146,11 +148,13 @@ class Keeper:
             return [damage.name for damage in held.damage()]
 
     def forget_above(self, version: int) -> None:
-        for arena in self._arenas.values():
-            for buffer in arena.buffers:
-                slot = buffer.describe()
-                if slot.version > version or slot.state is BufferState.FILLING:
-                    buffer.release()
+        with self._lock:
+            self._plans += 1
+            for arena in self._arenas.values():
+                for buffer in arena.buffers:
+                    slot = buffer.describe()
+                    if slot.version > version or slot.state is BufferState.FILLING:
+                        buffer.release()
 
     def quarantine(self, rank: int, version: int) -> None:
         for buffer in self._arena(rank).buffers:
@@ -172,6 +176,7 @@ class Keeper:
             return receipt
 
     def load(self, rank: int, uri: str, directory: str) -> int:
+        plan = self._plans
         stored, data = read_rank(open_storage(uri), directory, rank)
         manifest = Manifest.from_bytes(stored)
         if manifest.rank != rank:
@@ -179,6 +184,8 @@ class Keeper:
         for damage in damaged_slices(data, manifest):
             raise damage
         with self._lock:
+            if plan != self._plans:  # nobody waits for it any more, and a worker may be filling buffers
+                raise SnapshotError(f"{directory} of rank {rank} comes too late: another epoch has begun since")
             self._adopt(self._arena(rank), manifest, stored, data)
         return manifest.version
 

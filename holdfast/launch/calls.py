@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 from holdfast.launch.fleet import Address, Completion, Fleet
 
-__all__ = ["Calls", "Gathered"]
+__all__ = ["LOST", "Calls", "Gathered"]
 
 logger = logging.getLogger(__name__)
 
 Gathered = Mapping[Address, object]
 """Results by process."""
+
+LOST = "process lost"
+"""How the error of a call begins that ended with its process: no answer, and nothing about what was asked."""
 
 
 @dataclass(slots=True)
@@ -85,9 +88,9 @@ class Calls:
         elif answer.error is not None:
             logger.warning("%s: %s", answer.target, answer.error.splitlines()[0])
 
-    def forget(self, target: Address) -> None:
+    def forget(self, target: Address, cause: str) -> None:
         """The process has gone: fail its open calls."""
-        self._fail([n for n, c in self._open.items() if c.target == target], "process lost")
+        self._fail([n for n, c in self._open.items() if c.target == target], f"{LOST}: {cause}")
 
     def expire(self, now: float) -> None:
         """Fail every call whose deadline has passed."""

@@ -11,10 +11,11 @@ from typing import Any, cast
 from holdfast.clock import Clock
 from holdfast.configs.schema import RunConfig
 from holdfast.events import Evaluated, EventSink
+from holdfast.fault_tolerance import chaos
 from holdfast.fault_tolerance import messages as m
-from holdfast.fault_tolerance.machine import Supervisor
+from holdfast.fault_tolerance.machine import State, Supervisor
 from holdfast.fault_tolerance.policy import DO_NOT_RESTART
-from holdfast.launch.calls import Calls, Gathered
+from holdfast.launch.calls import LOST, Calls, Gathered
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
 from holdfast.launch.protocol import EpochPlan
@@ -91,6 +92,8 @@ class Conductor:
         self._verdict: m.Finish | None = None
         self._stop_reason: str | None = None
         self._drain_due_s = 0.0
+        faults = chaos.parse_all(config.chaos.faults)
+        self._keeper_faults = [fault for fault in faults if fault.target is chaos.Target.KEEPER]
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -105,11 +108,18 @@ class Conductor:
             self._turn()
             self._after_turn()
         self._settle(self._verdict)
+        return self._conclude(self._verdict)
+
+    def leave(self, exit_code: int) -> Verdict:
+        """``run`` was interrupted: what is on disk by now is what stays."""
+        return self._conclude(m.Finish("stopped", exit_code, "a second signal; nothing more was saved"))
+
+    def _conclude(self, end: m.Finish) -> Verdict:
         return Verdict(
-            outcome=self._verdict.outcome,
-            exit_code=self._verdict.exit_code,
-            reason=self._verdict.reason,
-            step=self._step_of(self._verdict.outcome),
+            outcome=end.outcome,
+            exit_code=end.exit_code,
+            reason=end.reason,
+            step=self._step_of(end.outcome),
             faults=self._supervisor.faults,
             steps_lost=self._supervisor.steps_lost,
             findings=self._result,
@@ -135,8 +145,12 @@ class Conductor:
         by_worker = {w: self._pulse.beats[r] for r, w in self._workers_of_ranks.items() if r in self._pulse.beats}
         self._tell(m.Beats(by_worker))
         self._tell(m.Tick())
-        self._durable.persist_if_due(self._pulse.versions, self._calls, self._keeper_of)
-        self._drain_if_due(self._clock.now())
+        now = self._clock.now()
+        self._durable.persist_if_due(
+            self._pulse.versions, self._calls, self._keeper_of, deadline_s=now + self._config.recovery.step_timeout_s
+        )
+        self._drain_if_due(now)
+        self._strike_keepers()
 
     def _drain_if_due(self, now: float) -> None:
         """Fetch what has happened at rank 0 besides steps."""
@@ -145,8 +159,21 @@ class Conductor:
             self._calls.ask(_worker(self._workers_of_ranks[0]), "drain", then=self._drained)
 
     def _drained(self, answer: Completion) -> None:
-        for note in cast(Sequence[Mapping[str, Any]], answer.result or ()):
+        self._note(cast(Sequence[Mapping[str, Any]], answer.result or ()))
+
+    def _note(self, notes: Sequence[Mapping[str, Any]]) -> None:
+        for note in notes:
             self._events.emit(Evaluated(**note))
+
+    def _strike_keepers(self) -> None:
+        """What ``chaos.faults`` has in store for keepers; workers see to their own part."""
+        if not self._keeper_faults or self._supervisor.state is not State.RUNNING:
+            return
+        step = max((beat.step for beat in self._pulse.beats.values()), default=-1)
+        due = [fault for fault in self._keeper_faults if fault.step <= step]
+        self._keeper_faults = [fault for fault in self._keeper_faults if fault not in due]
+        for fault in due:
+            self._keeper_silent(fault.number, f"killed by chaos.faults ({fault})")
 
     def _tell(self, message: m.Message) -> None:
         self._perform(self._supervisor.handle(message, self._clock.now()))
@@ -157,6 +184,7 @@ class Conductor:
 
     def _step_of(self, outcome: str) -> int:
         if outcome == "stopped":
+            self._durable.survey()  # nobody may have looked yet
             return self._durable.newest_step
         last = max((beat.step for beat in self._pulse.beats.values()), default=0)
         return int(cast(int, self._result.get("step", last)))
@@ -164,7 +192,7 @@ class Conductor:
     # -- processes ------------------------------------------------------------------------------------------------
 
     def _lost(self, lost: Lost) -> None:
-        self._calls.forget(lost.target)
+        self._calls.forget(lost.target, lost.cause)
         if lost.target.role is Role.KEEPER:
             self._keeper_gone(lost.target.number, lost.cause)
         else:
@@ -178,7 +206,7 @@ class Conductor:
     def _keeper_silent(self, node: int, error: str) -> None:
         if node in self._keepers:
             self._fleet.kill(_keeper(node))
-            self._calls.forget(_keeper(node))
+            self._calls.forget(_keeper(node), error.splitlines()[0])
             self._keeper_gone(node, f"keeper of node {node}: {error.splitlines()[0]}")
 
     def _keeper_gone(self, node: int, cause: str) -> None:
@@ -225,7 +253,7 @@ class Conductor:
     def _kill_worker(self, action: m.KillWorker) -> None:
         logger.info("worker %d is killed: %s", action.worker, action.reason)
         self._fleet.kill(_worker(action.worker))
-        self._calls.forget(_worker(action.worker))
+        self._calls.forget(_worker(action.worker), action.reason)
         self._workers_of_ranks = {r: w for r, w in self._workers_of_ranks.items() if w != action.worker}
 
     # -- epochs ---------------------------------------------------------------------------------------------------
@@ -313,10 +341,12 @@ class Conductor:
             self._calls,
             loaded=lambda: self._tell(m.CheckpointLoaded(action.epoch, action.step)),
             refused=lambda reason: self._tell(m.CheckpointRefused(action.epoch, action.step, reason)),
-            deadline_s=self._deadline(),
+            deadline_s=self._clock.now() + self._config.recovery.step_timeout_s,
         )
 
     def _start_epoch(self, action: m.StartEpoch) -> None:
+        # Those of earlier steps have happened in an earlier attempt.
+        self._keeper_faults = [fault for fault in self._keeper_faults if fault.step >= action.version]
         rendezvous = self._run_dir / "rendezvous"
         rendezvous.mkdir(exist_ok=True)
         for old in rendezvous.iterdir():
@@ -335,8 +365,11 @@ class Conductor:
     def _parked(self, member: m.Member, epoch: int) -> Callable[[Completion], None]:
         def then(answer: Completion) -> None:
             if answer.error is not None:
-                return  # a lost process is reported as such
+                if not answer.error.startswith(LOST):  # a lost process is reported as such
+                    self._tell(m.WorkerParked(member.worker, epoch, m.Outcome.ERROR, answer.error))
+                return
             parked = cast(Mapping[str, Any], answer.result)
+            self._note(parked["notes"])
             outcome = m.Outcome(parked["outcome"])
             if outcome is m.Outcome.FINISHED and parked["result"]:
                 self._result.update(parked["result"])
@@ -354,14 +387,23 @@ class Conductor:
 
     def _settle(self, verdict: m.Finish) -> None:
         """Bring the newest version that every rank holds to disk, then let the workers go."""
-        end = self._clock.now() + self._config.recovery.stop_grace_s
         is_trusted = verdict.exit_code != DO_NOT_RESTART
         if is_trusted and len(self._keepers) == self._config.launch.nodes:
-            self._durable.persist_newest(self._calls, self._keepers, self._keeper_of)
-            while not self._durable.is_idle and self._clock.now() < end:
-                self._turn()
+            self._save(is_urgent=verdict.outcome == "stopped")
         for worker in set(self._workers_of_ranks.values()):
             self._fleet.release(_worker(worker))
+
+    def _save(self, *, is_urgent: bool) -> None:
+        """Whoever asked the run to stop does not wait long; nor does one who asks only now."""
+        recovery, began_s = self._config.recovery, self._clock.now()
+        end = began_s + (recovery.stop_grace_s if is_urgent else recovery.step_timeout_s)
+        self._durable.persist_newest(self._calls, self._keepers, self._keeper_of, deadline_s=end)
+        while not self._durable.is_idle:
+            self._turn()
+            if self._stop_reason is not None and not is_urgent:
+                is_urgent, end = True, min(end, self._clock.now() + recovery.stop_grace_s)
+            if self._clock.now() > end:
+                self._durable.give_up(f"not written after {self._clock.now() - began_s:.1f} s")
 
 
 _HANDLERS: Mapping[type[m.Action], Callable[[Conductor, Any], None]] = {

@@ -8,19 +8,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from holdfast.errors import SnapshotError
+from holdfast.errors import ManifestMismatch, ShardCorrupt, SnapshotError
 from holdfast.events import CheckpointRejected, CheckpointWritten, EventSink
 from holdfast.fault_tolerance import checkpoint
 from holdfast.fault_tolerance.config import SnapshotConfig
 from holdfast.fault_tolerance.messages import HeldVersion
 from holdfast.fault_tolerance.policy import newest_common
 from holdfast.fault_tolerance.storage import open_storage
-from holdfast.launch.calls import Calls, Gathered
+from holdfast.launch.calls import LOST, Calls, Gathered
 from holdfast.launch.fleet import Address, Completion, Role
 
 __all__ = ["DurableTier"]
 
 logger = logging.getLogger(__name__)
+
+_DAMAGE = frozenset({ShardCorrupt.__name__, ManifestMismatch.__name__})
+"""Errors of a keeper that will come again whoever reads the checkpoint."""
 
 KeeperOf = Callable[[int], Address]
 
@@ -45,12 +48,19 @@ class DurableTier:
         self._storage.sweep()
         self._writing: _Writing | None = None
         self._told: set[str] = set()
+        self._good: set[int] = set()
+        self._damaged: dict[str, str] = {}
+        """What must not be used and is still in the way of a new checkpoint, with the reason."""
         self._failed_step = -1
-        self.newest_step = -1
 
     @property
     def is_idle(self) -> bool:
         return self._writing is None
+
+    @property
+    def newest_step(self) -> int:
+        """Of the good checkpoints, as far as is known; -1 without any."""
+        return max(self._good, default=-1)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -59,7 +69,8 @@ class DurableTier:
         try:
             good, rejected = checkpoint.list_checkpoints(self._storage)
         except SnapshotError as error:  # memory may have everything that is needed
-            good, rejected = (), (checkpoint.Rejected("checkpoints", str(error)),)
+            return (), (self._tell(checkpoint.Rejected("checkpoints", str(error))),)
+        self._damaged = {one.name: one.reason for one in rejected if checkpoint.step_of(one.name) is not None}
         usable, refused = [], list(rejected)
         for found in good:
             problem = self._unusable(found)
@@ -67,12 +78,12 @@ class DurableTier:
                 refused.append(checkpoint.Rejected(checkpoint.directory(found.step), problem))
             else:
                 usable.append(found.step)
-        self.newest_step = max([self.newest_step, *usable])
+        self._good = set(usable)
         return tuple(usable), tuple(self._tell(one) for one in refused)
 
     def _tell(self, refused: checkpoint.Rejected) -> str:
         """The refusal in one line; an event when it is news."""
-        line = f"{refused.name}: {refused.reason}"
+        line = _line(refused)
         if line not in self._told:
             self._told.add(line)
             self._events.emit(CheckpointRejected(refused.name, refused.reason))
@@ -95,7 +106,10 @@ class DurableTier:
         refused: Callable[[str], None],
         deadline_s: float,
     ) -> None:
-        """Bring a checkpoint into the keepers' memory, each digest verified."""
+        """Bring a checkpoint into the keepers' memory, each digest verified. What is damaged is put aside for good.
+
+        Nothing is called when a keeper is lost meanwhile: that is no fault of the checkpoint's.
+        """
         directory, left = checkpoint.directory(step), set(keepers)
 
         def then(rank: int) -> Callable[[Completion], None]:
@@ -104,7 +118,9 @@ class DurableTier:
                     return
                 if answer.error is not None:
                     left.clear()
-                    refused(answer.error.splitlines()[0])
+                    if not answer.error.startswith(LOST):
+                        self._refuse(step, answer.error.splitlines()[0])
+                        refused(answer.error.splitlines()[0])
                     return
                 left.discard(rank)
                 if not left:
@@ -115,14 +131,46 @@ class DurableTier:
         for rank, keeper in keepers.items():
             calls.ask(keeper, "load", rank, self._uri, directory, then=then(rank), deadline_s=deadline_s)
 
+    def _refuse(self, step: int, reason: str) -> None:
+        """It does not count as good any more: neither when old ones are deleted nor when the same step comes again."""
+        name = checkpoint.directory(step)
+        self._good.discard(step)
+        self._tell(checkpoint.Rejected(name, reason))
+        if reason.partition(":")[0] in _DAMAGE:
+            self._damaged[name] = reason
+            self._put_aside(step)
+
+    def _put_aside(self, step: int) -> None:
+        """Out of the way of a new checkpoint of the same step, all its files kept."""
+        reason = self._damaged.pop(checkpoint.directory(step), None)
+        if reason is None:
+            return
+        try:
+            name = checkpoint.quarantine(self._storage, step, reason)
+        except SnapshotError as error:
+            logger.warning("the checkpoint of step %d is damaged and stays where it is: %s", step, error)
+        else:
+            self._told.add(_line(checkpoint.Rejected(name, reason)))
+
     # -- writing --------------------------------------------------------------------------------------------------
 
     def abandon(self) -> None:
         """The membership changed: whatever is being written will not be committed, what failed may be tried again."""
         self._writing, self._failed_step = None, -1
 
+    def give_up(self, reason: str) -> None:
+        """Nobody waits any longer for what is being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._failed(writing.step, reason)
+
     def persist_if_due(
-        self, versions: Mapping[int, Sequence[Mapping[str, Any]]], calls: Calls, keeper_of: KeeperOf
+        self,
+        versions: Mapping[int, Sequence[Mapping[str, Any]]],
+        calls: Calls,
+        keeper_of: KeeperOf,
+        *,
+        deadline_s: float,
     ) -> None:
         """Start writing the version that every rank keeps for this purpose, if there is one. A version that could not
         be written is not tried again: the next one that is due will be."""
@@ -132,9 +180,9 @@ class DurableTier:
         kept = [{(v["version"], v["epoch"]) for v in held if v["kept"]} for held in versions.values()]
         ready = max((version for version, _ in set.intersection(*kept)), default=-1)
         if ready > max(self.newest_step, self._failed_step):
-            self._persist(ready, calls, keeper_of)
+            self._persist(ready, calls, keeper_of, deadline_s)
 
-    def persist_newest(self, calls: Calls, keepers: Collection[int], keeper_of: KeeperOf) -> None:
+    def persist_newest(self, calls: Calls, keepers: Collection[int], keeper_of: KeeperOf, *, deadline_s: float) -> None:
         """Write the newest version that every rank holds, unless it is on disk already."""
         self._writing = writing = _Writing(-1, time.monotonic())
 
@@ -149,16 +197,18 @@ class DurableTier:
             version = newest_common(held, self._world)
             self._writing = None
             if version is not None and version > max(self.newest_step, 0):
-                self._persist(version, calls, keeper_of)
+                self._persist(version, calls, keeper_of, deadline_s)
 
         calls.gather(
             {Address(Role.KEEPER, node): ("inventory", ()) for node in keepers},
             then=then,
             failed=lambda answer: self._gave_up(writing, answer),
+            deadline_s=deadline_s,
         )
 
-    def _persist(self, step: int, calls: Calls, keeper_of: KeeperOf) -> None:
+    def _persist(self, step: int, calls: Calls, keeper_of: KeeperOf, deadline_s: float) -> None:
         self._writing = writing = _Writing(step, time.monotonic())
+        self._put_aside(step)
         directory, receipts = checkpoint.directory(step), dict[int, Mapping[str, Any]]()
 
         def then(rank: int) -> Callable[[Completion], None]:
@@ -173,7 +223,16 @@ class DurableTier:
             return answered
 
         for rank in range(self._world):
-            calls.ask(keeper_of(rank), "persist", rank, step, self._uri, directory, then=then(rank))
+            calls.ask(
+                keeper_of(rank),
+                "persist",
+                rank,
+                step,
+                self._uri,
+                directory,
+                then=then(rank),
+                deadline_s=deadline_s,
+            )
 
     def _commit(self, writing: _Writing, receipts: Mapping[int, Mapping[str, Any]]) -> None:
         self._writing = None
@@ -182,7 +241,7 @@ class DurableTier:
         except SnapshotError as error:
             self._failed(writing.step, str(error))
             return
-        self.newest_step = max(self.newest_step, writing.step)
+        self._good.add(writing.step)
         written = sum(int(r["bytes"]) for r in receipts.values())
         seconds = time.monotonic() - writing.started_s
         self._events.emit(CheckpointWritten(writing.step, checkpoint.directory(writing.step), written, seconds))
@@ -193,11 +252,14 @@ class DurableTier:
 
     def _gave_up(self, writing: _Writing, answer: Completion) -> None:
         if self._writing is writing:
-            self._writing = None
-            self._failed(writing.step, str(answer.error).splitlines()[0])
+            self.give_up(str(answer.error).splitlines()[0])
 
     def _failed(self, step: int, reason: str) -> None:
         """A failed checkpoint is an event, not the end: the memory tier still holds the state."""
         logger.warning("checkpoint of step %d was not written: %s", step, reason)
         self._failed_step = max(self._failed_step, step)
         self._events.emit(CheckpointRejected(checkpoint.directory(step) if step >= 0 else "newest", reason))
+
+
+def _line(refused: checkpoint.Rejected) -> str:
+    return f"{refused.name}: {refused.reason}"

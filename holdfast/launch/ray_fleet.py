@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from holdfast import knobs
 from holdfast.configs.schema import LaunchConfig
 from holdfast.errors import ConfigurationError
 from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
@@ -93,7 +94,7 @@ class RayFleet:
     def __init__(self, config: LaunchConfig, run_tag: str) -> None:
         self._config, self._run_tag = config, run_tag
         self._temp_dir: str | None = None
-        self._connect(config.address)
+        self._connect(config.address or knobs.ray_address() or "")
         self._nodes = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: str(n["NodeID"]))
         self._handles: dict[Address, ActorHandle] = {}
         self._calls: dict[ray.ObjectRef, _Call] = {}
@@ -108,7 +109,7 @@ class RayFleet:
                 ray.init(address=address, **common)
             except (ConnectionError, RuntimeError) as error:
                 raise ConfigurationError(
-                    f"launch.address={address!r}: no Ray cluster answers there ({error}); "
+                    f"launch.address={address!r} (or RAY_ADDRESS): no Ray cluster answers there ({error}); "
                     "start one with `ray start --head`, or leave launch.address empty to start a private one"
                 ) from error
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from holdfast.clock import SystemClock
 from holdfast.configs import validate
 from holdfast.configs.plain import to_plain
 from holdfast.configs.schema import LaunchKind, RunConfig
+from holdfast.errors import ConfigurationError, HoldfastError
 from holdfast.events import Evaluated, Event, EventSink, FaultDetected, Generated, RunEnded, RunStarted
 from holdfast.fault_tolerance.machine import Layout, Supervisor
 from holdfast.launch import identity
@@ -36,8 +38,8 @@ from holdfast.types import StepReport
 
 __all__ = ["Result", "run", "train"]
 
-_SAVED, _INTERRUPTED, _TERMINATED = 75, 130, 143
-"""Exit codes of a stop: with a checkpoint to go on from; without one, after Ctrl-C and after SIGTERM."""
+_UNEXPECTED, _BAD_CONFIGURATION, _SAVED, _DO_NOT_RESTART = 1, 2, 75, 93
+"""Exit codes, see :mod:`holdfast.launch.cli`. A stop without a checkpoint ends with the signal's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +109,19 @@ class _Drive:
             versions=identity.versions(),
             git=identity.git_commit(Path.cwd()),
         )
+        self._overrides, self._command = overrides, command
         self._started_s = time.monotonic()
+        self._result: Result | None = None
 
     def to_the_end(self) -> Result:
         """Drive, and note the end, whatever it is."""
         try:
             with _driver_log(self._run_dir.driver_log(self._attempt)), StopSignals() as signals:
                 return self._with_console(signals)
-        except BaseException as error:  # not swallowed: only noted where the next attempt and the user look
-            self._run_dir.end_attempt("failed", 1, step=-1, reason=f"{type(error).__name__}: {error}")
-            raise
+        except BaseException as error:
+            if self._result is None or isinstance(error, Exception):
+                raise
+            return self._result  # a second signal, which has only cut the farewell short
 
     def _with_console(self, signals: StopSignals) -> Result:
         trainer = self._config.trainer
@@ -135,6 +140,10 @@ class _Drive:
             console.banner(banner(config, self._run_dir, self._attempt, self._store, self._opening.how))
             try:
                 return self._conduct(signals, console, tracker, sinks)
+            except BaseException as error:  # not swallowed: only noted where the next attempt and the user look
+                if self._result is None:
+                    self._conclude(_verdict_on(error, signals), console, sinks)
+                raise
             finally:
                 tracker.finish()
 
@@ -148,8 +157,7 @@ class _Drive:
             conductor = self._conductor(fleet, sinks)
             signals.then(conductor.stop)
             sinks.emit(RunStarted(self._run_dir.run_id, self._attempt, _world(self._config), self._opening.how))
-            verdict = conductor.run()
-            return self._conclude(verdict, console, sinks, signals)
+            return self._conclude(_drive(conductor, signals), console, sinks)
 
     @property
     def _tag(self) -> str:
@@ -200,13 +208,12 @@ class _Drive:
             },
         )
 
-    def _conclude(self, verdict: Verdict, console: Console, sinks: _Sinks, signals: StopSignals) -> Result:
+    def _conclude(self, verdict: Verdict, console: Console, sinks: _Sinks) -> Result:
         """Tell everybody how it ended, the console last."""
         found = verdict.findings
         if found:
             sinks.emit(Evaluated(verdict.step, float(str(found["bits_per_byte"])), int(str(found["windows"]))))
             sinks.emit(Generated(verdict.step, str(found["text"])))
-        exit_code = _exit_code(verdict, signals)
         sinks.emit(
             RunEnded(
                 verdict.outcome,
@@ -214,28 +221,63 @@ class _Drive:
                 time.monotonic() - self._started_s,
                 verdict.faults,
                 verdict.steps_lost,
-                exit_code,
+                verdict.exit_code,
                 verdict.reason,
             )
         )
-        self._run_dir.end_attempt(verdict.outcome, exit_code, step=verdict.step, reason=verdict.reason)
         facts = {"weights": str(found["weights"])} if found else {}
-        console.conclude({**facts, "run": str(self._run_dir.path)}, next_command=self._next(verdict, exit_code))
-        return Result(verdict.outcome, exit_code, verdict.step, verdict.reason, self._run_dir.path, found)
+        facts |= {"run": str(self._run_dir.path)} | self._record(verdict)
+        console.conclude(facts, next_command=self._next(verdict))
+        self._result = Result(
+            verdict.outcome, verdict.exit_code, verdict.step, verdict.reason, self._run_dir.path, found
+        )
+        return self._result
 
-    def _next(self, verdict: Verdict, exit_code: int) -> str:
-        again = f"holdfast train run_id={self._run_dir.run_id}"
+    def _record(self, verdict: Verdict) -> dict[str, str]:
+        """What the user must be told if ``run.json`` could not be told."""
+        try:
+            self._run_dir.end_attempt(verdict.outcome, verdict.exit_code, step=verdict.step, reason=verdict.reason)
+        except HoldfastError as error:  # a full disk; that makes the run no worse than it is
+            return {"record": f"run.json does not know how it ended: {error}"}
+        return {}
+
+    def _next(self, verdict: Verdict) -> str:
         if verdict.outcome == "finished":
-            return f"{again} trainer.max_steps={2 * self._config.trainer.max_steps}"
-        return f"tail -n 50 {self._run_dir.driver_log(self._attempt)}" if exit_code in (1, 93) else again
+            return self._again({"trainer.max_steps": str(2 * self._config.trainer.max_steps)})
+        if verdict.exit_code in (_UNEXPECTED, _DO_NOT_RESTART):
+            return f"tail -n 50 {self._run_dir.driver_log(self._attempt)}"
+        return self._again({})
+
+    def _again(self, changes: Mapping[str, str]) -> str:
+        """What continues the run: the same options, because others would make another run."""
+        changes = {"run_id": self._run_dir.run_id, **changes}
+        new = [f"{key}={value}" for key, value in changes.items()]
+        if tuple(self._command[:2]) != ("holdfast", "train"):
+            return f"the same configuration with {', '.join(new)}"
+        # In a sweep the words typed mean several runs, the overrides only this one.
+        typed = self._command[2:] if set(self._overrides) <= set(self._command) else self._overrides
+        kept = [word for word in typed if word.partition("=")[0] not in {"resume", *changes}]
+        return shlex.join(["holdfast", "train", *kept, *new])
 
 
-def _exit_code(verdict: Verdict, signals: StopSignals) -> int:
+def _drive(conductor: Conductor, signals: StopSignals) -> Verdict:
+    try:
+        verdict = conductor.run()
+    except (KeyboardInterrupt, SystemExit):  # a second signal
+        return conductor.leave(signals.exit_code)
     if verdict.outcome != "stopped":
-        return verdict.exit_code
-    if verdict.step >= 0:
-        return _SAVED
-    return _INTERRUPTED if signals.is_interrupt else _TERMINATED
+        return verdict
+    return replace(verdict, exit_code=_SAVED if verdict.step >= 0 else signals.exit_code)
+
+
+def _verdict_on(error: BaseException, signals: StopSignals) -> Verdict:
+    """How a run ended that the conductor did not bring to its end."""
+    outcome, exit_code, reason = "failed", _UNEXPECTED, f"{type(error).__name__}: {error}"
+    if isinstance(error, ConfigurationError):
+        exit_code, reason = _BAD_CONFIGURATION, "; ".join(error.problems)
+    elif not isinstance(error, Exception):
+        outcome, exit_code, reason = "stopped", signals.exit_code, "a second signal, before anything had started"
+    return Verdict(outcome, exit_code, reason, step=-1, faults=0, steps_lost=0, findings={})
 
 
 def _world(config: RunConfig) -> int:

@@ -1,4 +1,4 @@
-"""Wishes to stop: SIGINT, SIGTERM and SIGUSR1 set a flag, a second one leaves now."""
+"""Wishes to stop: SIGINT, SIGTERM and SIGUSR1 set a flag, a second SIGINT or SIGTERM leaves now."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopSignals:
     """Installed inside a ``with`` block, in the main thread only; elsewhere it waits for :meth:`ask` alone.
 
-    The first signal asks for a graceful stop, also when it comes before anybody can act on it. The second one
-    raises KeyboardInterrupt, so that ``finally`` clauses still end what was started.
+    The first signal asks for a graceful stop, also when it comes before anybody can act on it. A second one that
+    insists raises KeyboardInterrupt or, for SIGTERM, SystemExit, so that ``finally`` clauses still end what was
+    started. SIGUSR1 only announces that time is running out: it does not insist, and what follows it is the first.
     """
 
     def __init__(self) -> None:
         self._stop: Callable[[str], None] | None = None
         self._reason: str | None = None
         self._before: dict[int, object] = {}
-        self.is_interrupt = False
-        """The wish came from Ctrl-C."""
+        self._ordered = 0
+        """SIGINT or SIGTERM, whichever came last."""
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -36,6 +37,11 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal returned
         self._before = {}
+
+    @property
+    def exit_code(self) -> int:
+        """For a process that was stopped before it could save: 128 plus the number of SIGINT or SIGTERM."""
+        return 128 + (self._ordered or signal.SIGTERM)
 
     def install(self) -> None:
         """Take the signals over, from whoever has them now."""
@@ -55,7 +61,8 @@ class StopSignals:
             self._stop(reason)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._reason is not None:
-            raise KeyboardInterrupt
-        self.is_interrupt = number == signal.SIGINT
+        if number != signal.SIGUSR1:
+            is_second, self._ordered = self._ordered != 0, number
+            if is_second:
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.exit_code)
         self.ask(f"{signal.Signals(number).name} received")

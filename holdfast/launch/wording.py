@@ -196,9 +196,9 @@ def ending(
     """The last block: how it ended, the facts, and on a line of its own the one command to type next."""
     quality = "" if bits_per_byte is None else f"; {bits_per_byte:.3f} bits/byte"
     faults = f"; {_count(event.faults, 'fault')}, {_count(event.steps_lost, 'step')} lost" if event.faults else ""
+    reached = f"step {event.step:,} of {total_steps:,}" if event.step >= 0 else "no step saved"
     head = (
-        f"END   {event.outcome} (exit code {event.exit_code}): step {event.step:,} of {total_steps:,} "
-        f"in {duration(event.seconds)}{quality}{faults}"
+        f"END   {event.outcome} (exit code {event.exit_code}): {reached} in {duration(event.seconds)}{quality}{faults}"
     )
     why = {"why": event.reason} if event.reason and event.outcome != "finished" else {}
     following = [clean(f"NEXT  {next_command}")] if next_command else []

@@ -46,7 +46,7 @@ class WorkerHost:
         self._arena: Arena | None = None
         self._ref: ArenaRef | None = None
         self._lock = threading.Lock()
-        self._left_epoch = -1
+        self._left_epoch = self._stopped_epoch = -1
         self._watcher: BoardWatcher | None = None
         self._comm: TorchCommunicator | None = None
         self._notes: list[dict[str, object]] = []
@@ -82,7 +82,7 @@ class WorkerHost:
         epoch_plan = EpochPlan(**cast(dict[str, Any], plan))
         answer = self._guarded(epoch_plan)
         self._park(epoch_plan)
-        return answer
+        return {**answer, "notes": self.drain()}
 
     def abort(self, epoch: int) -> None:
         """Leave ``epoch``, whichever collective the training thread is blocked in."""
@@ -97,13 +97,19 @@ class WorkerHost:
     def stop(self, epoch: int) -> None:
         """Finish the step, agree with the others, settle the state, then leave ``epoch``."""
         with self._lock:
+            self._stopped_epoch = max(self._stopped_epoch, epoch)
             if self._watcher is not None:
                 self._watcher.ask_to_stop()
 
     def drain(self) -> list[dict[str, object]]:
         """What has happened besides steps since the last call: evaluations."""
-        notes, self._notes = self._notes, []
+        with self._lock:
+            notes, self._notes = self._notes, []
         return notes
+
+    def _note(self, note: dict[str, object]) -> None:
+        with self._lock:
+            self._notes.append(note)
 
     def hang_up(self) -> None:
         self._heart.move_to(None)
@@ -145,7 +151,7 @@ class WorkerHost:
             config_digest=self._config_digest,
             persist_every=self._config.snapshot.persist_every_steps,
         )
-        run = RankRun(self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._notes.append)
+        run = RankRun(self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._note)
         laps.end("build")
         try:
             self._arena.reserve(required_bytes(run.view.capture()))
@@ -166,6 +172,8 @@ class WorkerHost:
             self._watcher, self._comm = watcher, None
             if plan.epoch <= self._left_epoch:
                 watcher.abort()
+            if plan.epoch <= self._stopped_epoch:
+                watcher.ask_to_stop()
         watcher.check()
         return watcher
 
@@ -191,7 +199,8 @@ class WorkerHost:
             comm.close()
         gc.collect()
         if self._arena is not None:
-            self._arena.board.enter(Phase.PARKED, max(plan.version, 0), time.monotonic())
+            board = self._arena.board
+            board.enter(Phase.PARKED, board.read().step, time.monotonic())
         failpoints.hit("recovery.after_abort", plan.version)
 
 

@@ -2,32 +2,34 @@
 
 gloo has no abort: a rank that waits in a collective for a peer that has died elsewhere in the ring, or has been
 stopped, waits until the group's timeout, and destroying the group from another thread does not wake it. Shutting
-down the group's sockets does. NCCL can abort by itself.
+down the group's connections does. NCCL can abort by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store  # torch.distributed hands them on without declaring it
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from holdfast.errors import Abort, CollectiveBroken, InvariantViolation
+from holdfast.parallel.connections import Connections
 
 __all__ = ["TorchCommunicator", "broken_collective"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.005
-_CONNECT_TIMEOUT_S = 20.0
-"""Deadline of connecting once everybody has arrived: the only wait that cannot be cut short."""
+_CONNECT_TIMEOUT_S = 5.0
+"""Deadline of connecting once everybody has arrived, the only wait that cannot be cut short; gloo takes it five times
+for a peer that has frozen just then."""
 
 
 def broken_collective(error: BaseException) -> bool:
@@ -44,9 +46,9 @@ class TorchCommunicator:
     ``abort`` and ``close`` may be called from any thread and more than once; everything else from the training thread.
     """
 
-    def __init__(self, rank: int, world: int, device: torch.device, sockets: _Sockets) -> None:
+    def __init__(self, rank: int, world: int, device: torch.device, connections: Connections) -> None:
         self.rank, self.world = rank, world
-        self._device, self._sockets, self._is_closed = device, sockets, False
+        self._device, self._connections, self._is_closed = device, connections, False
 
     @classmethod
     def join(
@@ -68,17 +70,18 @@ class TorchCommunicator:
             raise InvariantViolation("this process still belongs to the group of an earlier epoch; close it first")
         store = FileStore(rendezvous, world)
         _await_everybody(store, rank, world, time.monotonic() + timeout_s, should_leave)
-        store.set_timeout(timedelta(seconds=min(timeout_s, _CONNECT_TIMEOUT_S)))
-        sockets = _Sockets()
+        connecting = timedelta(seconds=min(timeout_s, _CONNECT_TIMEOUT_S))
         try:
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
-            )
-        except (RuntimeError, ValueError) as error:  # torch reports a peer that is gone by either
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=connecting)
+        except RuntimeError as error:
             raise CollectiveBroken(rank, "join", _first_line(error)) from error
-        sockets.remember()
-        device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
-        return cls(rank, world, device, sockets)
+        _set_pg_timeout(timedelta(seconds=timeout_s))
+        if backend == "nccl":
+            return cls(rank, world, torch.device("cuda", torch.cuda.current_device()), Connections())
+        connections = Connections.announced_in(Path(rendezvous).read_bytes())
+        if world > 1 and not connections:
+            raise CollectiveBroken(rank, "join", f"of its {world - 1} connections none is left, or none is recognised")
+        return cls(rank, world, torch.device("cpu"), connections)
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Collective. Sum float64 values over all ranks; the result has the same bits on each.
@@ -99,7 +102,7 @@ class TorchCommunicator:
         if self._device.type == "cuda":
             _abort_nccl()
         else:
-            self._sockets.shut_down()
+            self._connections.shut_down()
 
     def close(self) -> None:
         """Leave the group. What the peers do, and whether they live, makes no difference."""
@@ -134,43 +137,3 @@ def _abort_nccl() -> None:
         backend.abort()
     except (AttributeError, RuntimeError) as error:
         logger.warning("the NCCL group could not be aborted: %s", error)
-
-
-class _Sockets:
-    """TCP connections that appear between construction and ``remember``, whichever library opens them.
-
-    A descriptor's number may be used again after it was closed, so its inode is remembered with it. Only connected
-    sockets are shut down: shutting a listening one down ends the process.
-    """
-
-    def __init__(self) -> None:
-        self._before = set(_open_sockets())
-        self._mine: list[tuple[int, str]] = []
-
-    def remember(self) -> None:
-        self._mine = [entry for entry in _open_sockets() if entry not in self._before]
-
-    def shut_down(self) -> None:
-        for descriptor, inode in self._mine:
-            with contextlib.suppress(OSError):  # closed in the meantime: then there is nothing to wake
-                if _inode(descriptor) == inode:
-                    _shut_down(descriptor)
-
-
-def _open_sockets() -> Iterator[tuple[int, str]]:
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # it was closed between listing and looking
-            inode = _inode(int(name))
-            if inode.startswith("socket:"):
-                yield int(name), inode
-
-
-def _inode(descriptor: int) -> str:
-    return os.readlink(f"/proc/self/fd/{descriptor}")
-
-
-def _shut_down(descriptor: int) -> None:
-    with socket.socket(fileno=os.dup(descriptor)) as connection:
-        if connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.getpeername()  # raises for a socket that only listens
-            connection.shutdown(socket.SHUT_RDWR)

@@ -63,14 +63,16 @@ def cluster() -> Iterator[str]:
         running.shutdown()
 
 
-def _drive(config: RunConfig) -> subprocess.Popen[bytes]:
+def _drive(config: RunConfig, **environment: str) -> subprocess.Popen[bytes]:
     """A driver in a process of its own, so that it can be killed."""
     code = (
         "import json, sys; from holdfast.configs.plain import from_plain; from holdfast.launch.run import train; "
         "sys.exit(train(from_plain(json.loads(sys.argv[1]))).exit_code)"
     )
     plain = json.dumps(to_plain(config))
-    return subprocess.Popen([sys.executable, "-c", code, plain], stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, plain], stdout=subprocess.DEVNULL, env=os.environ | environment
+    )
 
 
 def _await_step(root: Path, step: int, deadline_s: float = 90.0) -> Path:
@@ -97,8 +99,10 @@ def test_joined_cluster_keeps_running_and_the_detached_keepers_leave_after_their
     assert list((run_dir / "checkpoints").glob("step-*/commit.json"))
 
 
-def test_sigterm_stops_a_run_on_a_joined_cluster_after_saving(tmp_path: Path, corpus: Path, cluster: str) -> None:
-    driver = _drive(_on_ray(tiny_config(tmp_path, corpus, steps=400), address=cluster))
+def test_sigterm_stops_a_run_on_the_cluster_of_ray_address_after_saving(
+    tmp_path: Path, corpus: Path, cluster: str
+) -> None:
+    driver = _drive(_on_ray(tiny_config(tmp_path, corpus, steps=400)), RAY_ADDRESS=cluster)
     run_dir = _await_step(tmp_path, 3)
     before = _actors()
     driver.send_signal(signal.SIGTERM)

@@ -285,6 +285,8 @@ def test_a_process_that_cannot_be_started_is_lost_and_its_successor_gets_another
     fleet.start(_keeper(1), 1, _spec(1))
     time.sleep(0.1)
     os.kill(server, signal.SIGKILL)
+    # All its threads are gone, and whoever asks for its exit code learns of it: a zombie alone may still have some.
+    os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
     reports = _until(fleet, lambda so_far: len(so_far) > 0)
     assert reports == [Lost(_keeper(1), "the process could not be started")]
     assert _start(fleet, 1)

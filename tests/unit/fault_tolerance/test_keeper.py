@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -531,6 +531,29 @@ def test_a_version_that_is_being_read_is_not_overwritten_by_a_checkpoint(saved: 
     keeper.load(0, str(saved), _FOLDER)
     assert reading.is_unchanged()
     assert 7 in _versions(keeper)
+
+
+@pytest.mark.parametrize(
+    "news", [lambda k: k.fence(4), lambda k: k.forget_above(9)], ids=["fence", "start of an epoch"]
+)
+def test_a_checkpoint_that_comes_after_its_time_is_not_brought_into_memory(
+    saved: Path, news: Callable[[Keeper], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, real = make_keeper(), checkpoint.read_rank
+    snapshots = writer(keeper, world=2, epoch=5)
+    offer(snapshots, 7, 8)
+
+    def slow(*args: Any) -> Any:
+        found = real(*args)
+        news(keeper)  # meanwhile another source was chosen, and a worker fills a buffer
+        assert next(b for b in keeper._arenas[0].buffers if not b.describe().is_complete).claim(9, 5)
+        return found
+
+    monkeypatch.setattr(keeper_module, "read_rank", slow)
+    with pytest.raises(SnapshotError, match="step-00000004 of rank 0 comes too late: another epoch has begun"):
+        keeper.load(0, str(saved), _FOLDER)
+    assert _versions(keeper) == [8]
+    assert [slot.version for slot in keeper._arenas[0].slots() if slot.state is BufferState.FILLING] == [9]
 
 
 @pytest.mark.parametrize("name", [checkpoint.data_file(0), checkpoint.manifest_file(0)])

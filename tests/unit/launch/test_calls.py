@@ -95,9 +95,9 @@ def test_a_lost_process_answers_all_its_open_calls_with_an_error_and_nobody_else
     desk.fleet.held_back.add("hello")
     for target in (_A, _B, _A):
         desk.ask(target, "hello")
-    desk.calls.forget(_A)
-    desk.calls.forget(_A)
-    assert [(a.target, a.error) for a in desk.answers] == [(_A, "process lost")] * 2
+    desk.calls.forget(_A, "killed")
+    desk.calls.forget(_A, "killed")
+    assert [(a.target, a.error) for a in desk.answers] == [(_A, "process lost: killed")] * 2
     desk.fleet.held_back.clear()
     desk.turn()
     assert [(a.target, a.error) for a in desk.answers[2:]] == [(_B, None)]
@@ -109,8 +109,8 @@ def test_a_call_that_another_one_has_made_is_waited_for(desk: _Desk) -> None:
     desk.turn()
     assert [a.result for a in desk.answers] == [["a", 7]]
     desk.calls.track(desk.fleet.call(_B, "hello"), _B, desk.answers.append)
-    desk.calls.forget(_B)
-    assert desk.answers[-1].error == "process lost"
+    desk.calls.forget(_B, "killed")
+    assert desk.answers[-1].error == "process lost: killed"
 
 
 def test_an_answer_nobody_waits_for_is_dropped(desk: _Desk) -> None:
@@ -137,7 +137,7 @@ def test_a_question_that_a_lost_process_leads_to_is_not_failed_with_it(desk: _De
     """A replacement has the number of the process it replaces."""
     desk.fleet.held_back.add("hello")
     desk.calls.ask(_A, "hello", then=lambda _: desk.ask(_A, "hello", "again"))
-    desk.calls.forget(_A)
+    desk.calls.forget(_A, "killed")
     assert desk.answers == []
     desk.fleet.held_back.clear()
     desk.turn()
@@ -150,7 +150,7 @@ def test_a_call_that_was_answered_while_others_expire_is_answered_once(desk: _De
 
     def then(answer: Completion) -> None:
         desk.answers.append(answer)
-        desk.calls.forget(_B)
+        desk.calls.forget(_B, "killed")
 
     desk.calls.ask(_A, "hello", then=then, deadline_s=1.0)
     desk.ask(_B, "hello", deadline_s=1.0)
@@ -158,7 +158,7 @@ def test_a_call_that_was_answered_while_others_expire_is_answered_once(desk: _De
     assert [(a.target, a.error) for a in desk.answers] == [
         (_B, "no answer before the deadline"),
         (_A, "no answer before the deadline"),
-        (_B, "process lost"),
+        (_B, "process lost: killed"),
     ]
 
 
@@ -189,11 +189,11 @@ def test_the_first_error_is_told_and_later_ones_and_answers_are_not(desk: _Desk)
 def test_a_process_that_is_lost_while_others_are_awaited_is_the_first_error(desk: _Desk) -> None:
     desk.fleet.held_back.add("hello")
     desk.gather({_A: "hello", _B: "hello"})
-    desk.calls.forget(_B)
+    desk.calls.forget(_B, "killed")
     desk.fleet.held_back.clear()
     desk.turn()
     assert desk.gathered == []
-    assert [(a.target, a.error) for a in desk.answers] == [(_B, "process lost")]
+    assert [(a.target, a.error) for a in desk.answers] == [(_B, "process lost: killed")]
 
 
 def test_a_deadline_holds_for_all_that_are_asked(desk: _Desk) -> None:

@@ -27,6 +27,7 @@ from tests.support.keepers import LocalFleet, make_keeper, offer, writer
 from tests.support.snapshots import bytes_of, expected_bytes, filled_state
 
 _WORLD = 2
+_NEVER = float("inf")
 
 
 class _Run:
@@ -69,7 +70,7 @@ class _Run:
         self.hear()
         self.pulse.ask(range(_WORLD), self.now)
         self.hear()
-        self.durable.persist_if_due(self.pulse.versions, self.calls, self.keeper)
+        self.durable.persist_if_due(self.pulse.versions, self.calls, self.keeper, deadline_s=_NEVER)
 
     def hear(self) -> None:
         for report in self.fleet.poll(0.0):
@@ -81,7 +82,7 @@ class _Run:
             self.turn()
 
     def settle(self) -> None:
-        self.durable.persist_newest(self.calls, range(_WORLD), self.keeper)
+        self.durable.persist_newest(self.calls, range(_WORLD), self.keeper, deadline_s=_NEVER)
         for _ in range(4):
             self.hear()
 
@@ -233,7 +234,7 @@ def test_at_the_end_of_a_run_without_a_step_nothing_is_written(run: _Run, versio
 
 
 def test_at_the_end_without_keepers_there_is_nothing_to_wait_for(run: _Run) -> None:
-    run.durable.persist_newest(run.calls, [], run.keeper)
+    run.durable.persist_newest(run.calls, [], run.keeper, deadline_s=_NEVER)
     assert run.durable.is_idle
 
 
@@ -311,19 +312,45 @@ def test_a_keeper_that_is_lost_while_it_writes_is_an_event(run: _Run) -> None:
     run.train(1, 2, 3)
     run.fleet.held_back.add("persist")
     run.turns()
-    run.calls.forget(run.keeper(1))
-    assert run.rejected() == [("step-00000002", "process lost")]
+    run.calls.forget(run.keeper(1), "killed")
+    assert run.rejected() == [("step-00000002", "process lost: killed")]
     run.fleet.held_back.clear()
     run.hear()
     assert (run.durable.is_idle, run.on_disk()) == (True, [])
 
 
+@pytest.mark.parametrize("method", ["persist", "inventory"])
+def test_storage_that_does_not_answer_is_not_waited_for(run: _Run, method: str) -> None:
+    run.train(1, 2)
+    run.fleet.held_back.add(method)
+    run.durable.persist_newest(run.calls, range(_WORLD), run.keeper, deadline_s=10.0)
+    run.hear()
+    run.calls.expire(9.9)
+    assert not run.durable.is_idle
+    run.calls.expire(10.1)
+    assert run.durable.is_idle
+    ((_, reason),) = run.rejected()
+    assert reason == "no answer before the deadline"
+
+
+def test_what_is_given_up_is_an_event_and_is_not_committed_after_all(run: _Run) -> None:
+    run.train(1, 2)
+    run.fleet.held_back.add("persist")
+    run.settle()
+    run.durable.give_up("nobody waits any longer")
+    run.durable.give_up("twice")
+    run.fleet.held_back.clear()
+    run.hear()
+    assert run.rejected() == [("step-00000002", "nobody waits any longer")]
+    assert run.on_disk() == []
+
+
 def test_an_inventory_that_fails_at_the_end_is_an_event(run: _Run) -> None:
     run.train(1, 2)
     run.fleet.held_back.add("inventory")
-    run.durable.persist_newest(run.calls, range(_WORLD), run.keeper)
-    run.calls.forget(run.keeper(0))
-    assert run.rejected() == [("newest", "process lost")]
+    run.durable.persist_newest(run.calls, range(_WORLD), run.keeper, deadline_s=_NEVER)
+    run.calls.forget(run.keeper(0), "killed")
+    assert run.rejected() == [("newest", "process lost: killed")]
     assert run.durable.is_idle
 
 
@@ -347,7 +374,7 @@ def test_late_errors_of_what_was_abandoned_do_not_disturb_the_next_checkpoint(ru
     run.turns()
     run.durable.abandon()
     late = list(run.fleet._open)
-    run.durable.persist_if_due(run.pulse.versions, run.calls, run.keeper)
+    run.durable.persist_if_due(run.pulse.versions, run.calls, run.keeper, deadline_s=_NEVER)
     for sent in late:
         run.calls.complete(Completion(sent.number, sent.target, error="SnapshotError: late"))
     assert not run.durable.is_idle
@@ -370,7 +397,7 @@ def test_after_a_fault_what_failed_before_it_is_tried_again(run: _Run) -> None:
     run.train(1, 2, 3)
     run.fleet.held_back.add("persist")
     run.turns()
-    run.calls.forget(run.keeper(1))  # the keeper is lost, and its successor gets the versions from the worker
+    run.calls.forget(run.keeper(1), "killed")  # the keeper is lost, and its successor gets the versions from the worker
     run.durable.abandon()
     run.fleet.held_back.clear()
     run.turns()
@@ -380,7 +407,7 @@ def test_after_a_fault_what_failed_before_it_is_tried_again(run: _Run) -> None:
 def test_a_last_write_that_was_abandoned_before_it_began_does_not_begin(run: _Run) -> None:
     run.train(1, 3)
     run.fleet.held_back.add("inventory")
-    run.durable.persist_newest(run.calls, range(_WORLD), run.keeper)
+    run.durable.persist_newest(run.calls, range(_WORLD), run.keeper, deadline_s=_NEVER)
     run.durable.abandon()
     run.fleet.held_back.clear()
     run.hear()
@@ -392,7 +419,7 @@ def test_a_last_write_that_was_abandoned_before_it_began_does_not_begin(run: _Ru
 def test_a_late_failure_of_an_abandoned_inventory_does_not_end_the_next_write(run: _Run) -> None:
     run.train(1, 2, 3)
     run.fleet.held_back |= {"inventory", "persist"}
-    run.durable.persist_newest(run.calls, range(_WORLD), run.keeper)
+    run.durable.persist_newest(run.calls, range(_WORLD), run.keeper, deadline_s=_NEVER)
     run.durable.abandon()
     inventory = run.fleet.sent[0]
     run.turns()
@@ -526,17 +553,64 @@ def test_it_is_loaded_only_when_every_rank_has_it(resumed: _Run) -> None:
     assert resumed.loaded == ["loaded"]
 
 
-@pytest.mark.parametrize("rank", range(_WORLD))
-def test_a_damaged_file_is_refused_once_whoever_finds_it(resumed: _Run, rank: int) -> None:
-    path = resumed.root / "step-00000002" / checkpoint.data_file(rank)
+def _flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[10] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("rank", range(_WORLD))
+def test_a_damaged_file_is_refused_once_whoever_finds_it(resumed: _Run, rank: int) -> None:
+    _flip_a_byte(resumed.root / "step-00000002" / checkpoint.data_file(rank))
     resumed.load(2)
     resumed.hear()
     (said,) = resumed.loaded
     assert said.startswith("refused: ShardCorrupt: slice 'embed.weight/master' of rank")
     assert "\n" not in said
+    ((path, reason),) = resumed.rejected()
+    assert (path, f"refused: {reason}") == ("step-00000002", said)
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_one_of_the_same_step_can_be_written(resumed: _Run) -> None:
+    resumed.durable.survey()
+    _flip_a_byte(resumed.root / "step-00000002" / checkpoint.data_file(1))
+    resumed.load(2)
+    resumed.hear()
+    assert resumed.durable.newest_step == -1
+    resumed.train(1, 2)
+    resumed.settle()
+    assert resumed.written() == [2]
+    assert resumed.on_disk() == [2]
+    aside = resumed.root / "rejected-step-00000002"
+    assert (aside / checkpoint.data_file(1)).exists()
+    assert (aside / "reason.txt").read_text().startswith("ShardCorrupt: ")
+    resumed.durable.survey()
+    assert len(resumed.rejected()) == 1  # told before under its old name
+
+
+def test_a_checkpoint_that_lacks_a_file_gives_way_to_a_new_one_of_the_same_step(resumed: _Run) -> None:
+    (resumed.root / "step-00000002" / checkpoint.manifest_file(0)).unlink()
+    good, rejected = resumed.durable.survey()
+    assert (good, len(rejected)) == ((), 1)
+    assert (resumed.root / "step-00000002").exists()  # it may come back, and it is not in the way yet
+    resumed.train(1, 2)
+    resumed.settle()
+    assert resumed.written() == [2]
+    assert (resumed.root / "rejected-step-00000002" / checkpoint.COMMIT_FILE).exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_refused_and_stays(
+    resumed: _Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: DirectoryStorage, path: str) -> bytes:
+        raise SnapshotError(f"cannot read {path}: Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectoryStorage, "read", unreadable)
+        resumed.load(2)
+        resumed.hear()
+    assert resumed.loaded[0].startswith("refused: SnapshotError: cannot read")
+    assert resumed.durable.survey() == ((2,), ())
 
 
 def test_a_keeper_that_does_not_answer_in_time_refuses_and_late_answers_change_nothing(resumed: _Run) -> None:
@@ -548,13 +622,15 @@ def test_a_keeper_that_does_not_answer_in_time_refuses_and_late_answers_change_n
     assert resumed.loaded == ["refused: no answer before the deadline"]
 
 
-def test_a_keeper_that_is_lost_refuses(resumed: _Run) -> None:
+def test_a_keeper_that_is_lost_is_no_reason_against_the_checkpoint(resumed: _Run) -> None:
     resumed.fleet.held_back.add("load")
     resumed.load(2)
-    resumed.calls.forget(resumed.keeper(0))
+    resumed.calls.forget(resumed.keeper(0), "killed")
     resumed.fleet.held_back.clear()
     resumed.hear()
-    assert resumed.loaded == ["refused: process lost"]
+    assert resumed.loaded == []
+    assert resumed.rejected() == []
+    assert resumed.durable.survey() == ((2,), ())
 
 
 def test_a_keeper_without_memory_of_the_rank_refuses(resumed: _Run) -> None:

@@ -249,8 +249,8 @@ def test_a_lost_keeper_is_reported_and_its_successor_is_asked_in_its_turn() -> N
     driver = _Driver(make_keeper(0), make_keeper(1))
     driver.fleet.held_back.add("pulse")
     driver.ask()
-    driver.calls.forget(Address(Role.KEEPER, 0))
-    assert driver.pulse.silent == [(0, "process lost")]
+    driver.calls.forget(Address(Role.KEEPER, 0), "killed")
+    assert driver.pulse.silent == [(0, "process lost: killed")]
     driver.clock.advance(_INTERVAL_S)
     driver.ask()
     assert driver.asked() == [0, 1, 0]

@@ -42,7 +42,8 @@ class Attempt:
 
     def first_step_beyond(self, step: int, after_s: float) -> float:
         """When the driver recorded a step that nobody had finished before."""
-        return min(m["time"] for m in self.metrics if "step_s" in m and m["step"] > step and m["time"] > after_s)
+        steps = [m for m in self.metrics if "step_s" in m and m["step"] > step and m["time"] > after_s]
+        return float(min(m["time"] for m in steps))
 
 
 def drive(root: Path, run_id: str, overrides: Sequence[str], *, exit_code: int = 0) -> Attempt:

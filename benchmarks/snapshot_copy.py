@@ -7,9 +7,11 @@ the state's bytes; the ratios are of the same round.
 
 - The floor is one np.copyto of as many bytes between two flat arrays that are warm already, into shared memory.
 - "copy_ per tensor" and "copy_ and digest per tensor" (xxh3-128 of what arrived) do what a snapshot cannot do without.
-- Holdfast is ArenaSnapshotter.offer, fence and commit into an arena whose memory a keeper owns: copy, digests, manifest.
-- torch.save and torch.distributed.checkpoint (one process, no_dist) write files. Of async_save only the time until it
-  returns counts; "reused" keeps its staging memory from one save to the next, the best that it can do on a CPU.
+- Holdfast is ArenaSnapshotter.offer, fence and commit into an arena, whose memory a keeper owns: copy, a digest per
+  tensor and the manifest.
+- torch.save and torch.distributed.checkpoint (one process, no_dist) write files, with a CRC-32. Of async_save only
+  the time until it returns counts: a copy without any digest. "reused" keeps its staging memory, shared too, from one
+  save to the next: the best that it can do on a CPU.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-import xxhash
 from record import quartiles, spread, table, write_record
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 
 from holdfast.fault_tolerance.arena import Arena
 from holdfast.fault_tolerance.capture import byte_view
+from holdfast.fault_tolerance.manifest import digest
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, required_bytes
 from holdfast.optim import AdamW8bit, describe_state
 from holdfast.parallel.slices import Flat, Piece, state_slices
@@ -85,7 +87,7 @@ def copies(state: RankState) -> dict[str, Way]:
             part = target[end : end + source.numel()]
             torch.from_numpy(part).copy_(source)
             if with_digest:
-                xxhash.xxh3_128_hexdigest(part)
+                digest(part)
             end += source.numel()
 
     return {
@@ -120,20 +122,26 @@ def files(state: RankState, folder: Path) -> dict[str, Way]:
         )
     )
 
-    def save() -> Callable[[], object]:
+    def torch_save() -> Callable[[], object]:
         torch.save(tensors, folder / "state.pt")
         return (folder / "state.pt").unlink
 
     def dcp_save() -> Callable[[], object]:
-        dcp.save(tensors, checkpoint_id=folder / "dcp", no_dist=True)
+        save(tensors, checkpoint_id=folder / "dcp", no_dist=True)
         return lambda: shutil.rmtree(folder / "dcp")
 
     def dcp_async(stager: DefaultStager | None) -> Callable[[], object]:
-        future = dcp.async_save(tensors, checkpoint_id=folder / "async", async_stager=stager, no_dist=True)
-        return lambda: (future.result(), shutil.rmtree(folder / "async"))
+        response = async_save(tensors, checkpoint_id=folder / "async", async_stager=stager, no_dist=True)
+
+        def finish() -> None:
+            upload = response.upload_completion if isinstance(response, AsyncSaveResponse) else response
+            upload.result()
+            shutil.rmtree(folder / "async")
+
+        return finish
 
     return {
-        "torch.save": save,
+        "torch.save": torch_save,
         "checkpoint.save": dcp_save,
         "checkpoint.async_save": partial(dcp_async, None),
         "checkpoint.async_save, reused": partial(dcp_async, reused),

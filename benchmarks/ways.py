@@ -78,7 +78,8 @@ class Plain:
         """The buckets in which DDP reduces gradients."""
         if not isinstance(self._net, DistributedDataParallel):
             return 0
-        sizes = str(self._net._get_ddp_logging_data()["bucket_sizes"])
+        found = self._net._get_ddp_logging_data()  # type: ignore[no-untyped-call]  # torch's own, without annotations
+        sizes = str(found["bucket_sizes"])
         return sum(int(size) for size in sizes.split(","))
 
     def close(self) -> None:

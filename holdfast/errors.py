@@ -8,7 +8,7 @@
     ├─ Fault                       the world broke; recovery may hide it
     │  ├─ RankLost                 a worker process died or froze
     │  ├─ CollectiveBroken         a collective failed because a peer left; this rank is a victim
-    │  ├─ NonFiniteStep            the loss is NaN or infinite on every rank
+    │  ├─ NonFiniteStep            the loss or the gradient is NaN or infinite
     │  └─ SnapshotError
     │     ├─ ShardCorrupt          a digest does not match
     │     ├─ InsufficientShards    no version is held by every rank
@@ -94,12 +94,12 @@ class CollectiveBroken(Fault):
 
 
 class NonFiniteStep(Fault):
-    """The global loss is NaN or infinite; every rank sees the same value."""
+    """The global loss or gradient norm is NaN or infinite; every rank sees the same value."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        self.step, self.loss = step, loss
+    def __init__(self, step: int, value: float, quantity: str = "loss") -> None:
+        self.step, self.value, self.quantity = step, value, quantity
         super().__init__(
-            f"loss={loss} at step {step} is not finite; "
+            f"{quantity}={value} at step {step} is not finite; "
             "lower optim.lr, raise optim.warmup_steps or use parallel.precision=FP32"
         )
 

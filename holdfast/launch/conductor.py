@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05
 _PULSE_S = 0.1
 _DRAIN_S = 1.0
+_LAST_WORDS_S = 2.0
 _NO_ANSWER_S = 60.0
 """Deadline of a keeper's or worker's answer to anything but training."""
 
@@ -91,6 +92,8 @@ class Conductor:
         self._result: dict[str, object] = {}
         self._verdict: m.Finish | None = None
         self._stop_reason: str | None = None
+        self._killed: set[Address] = set()
+        """Since the last look at what the fleet reports."""
         self._drain_due_s = 0.0
         faults = chaos.parse_all(config.chaos.faults)
         self._keeper_faults = [fault for fault in faults if fault.target is chaos.Target.KEEPER]
@@ -126,7 +129,10 @@ class Conductor:
         )
 
     def _turn(self) -> None:
+        self._killed.clear()
         for report in self._fleet.poll(_POLL_S):
+            if report.target in self._killed:
+                continue  # old news, which must not be taken for news of the keeper that has its place by now
             if isinstance(report, Lost):
                 self._lost(report)
             else:
@@ -146,11 +152,11 @@ class Conductor:
         self._tell(m.Beats(by_worker))
         self._tell(m.Tick())
         now = self._clock.now()
-        self._durable.persist_if_due(
-            self._pulse.versions, self._calls, self._keeper_of, deadline_s=now + self._config.recovery.step_timeout_s
-        )
+        if self._supervisor.state is State.RUNNING:  # a recovery needs the storage, and may turn against the version
+            end = now + self._config.recovery.step_timeout_s
+            self._durable.persist_if_due(self._pulse.versions, self._calls, self._keeper_of, deadline_s=end)
+            self._strike_keepers()
         self._drain_if_due(now)
-        self._strike_keepers()
 
     def _drain_if_due(self, now: float) -> None:
         """Fetch what has happened at rank 0 besides steps."""
@@ -167,13 +173,15 @@ class Conductor:
 
     def _strike_keepers(self) -> None:
         """What ``chaos.faults`` has in store for keepers; workers see to their own part."""
-        if not self._keeper_faults or self._supervisor.state is not State.RUNNING:
-            return
         step = max((beat.step for beat in self._pulse.beats.values()), default=-1)
         due = [fault for fault in self._keeper_faults if fault.step <= step]
         self._keeper_faults = [fault for fault in self._keeper_faults if fault not in due]
         for fault in due:
             self._keeper_silent(fault.number, f"killed by chaos.faults ({fault})")
+
+    def _kill(self, target: Address) -> None:
+        self._killed.add(target)
+        self._fleet.kill(target)
 
     def _tell(self, message: m.Message) -> None:
         self._perform(self._supervisor.handle(message, self._clock.now()))
@@ -205,7 +213,7 @@ class Conductor:
 
     def _keeper_silent(self, node: int, error: str) -> None:
         if node in self._keepers:
-            self._fleet.kill(_keeper(node))
+            self._kill(_keeper(node))
             self._calls.forget(_keeper(node), error.splitlines()[0])
             self._keeper_gone(node, f"keeper of node {node}: {error.splitlines()[0]}")
 
@@ -231,7 +239,7 @@ class Conductor:
                 pid = int(cast(Mapping[str, Any], answer.result)["pid"])
                 self._tell(m.WorkerReady(action.worker, action.node, pid))
             else:
-                self._fleet.kill(target)
+                self._kill(target)
                 self._worker_gone(action.worker, answer.error)
 
         self._calls.track(self._fleet.start(target, action.node, self._specs.worker), target, then)
@@ -244,7 +252,7 @@ class Conductor:
                 self._keepers.add(action.node)
                 self._tell(m.KeeperReady(action.node))
             else:
-                self._fleet.kill(target)
+                self._kill(target)
                 self._keeper_gone(action.node, answer.error)
 
         spec = {**self._specs.keeper, "node": action.node}
@@ -252,7 +260,7 @@ class Conductor:
 
     def _kill_worker(self, action: m.KillWorker) -> None:
         logger.info("worker %d is killed: %s", action.worker, action.reason)
-        self._fleet.kill(_worker(action.worker))
+        self._kill(_worker(action.worker))
         self._calls.forget(_worker(action.worker), action.reason)
         self._workers_of_ranks = {r: w for r, w in self._workers_of_ranks.items() if w != action.worker}
 
@@ -387,11 +395,20 @@ class Conductor:
 
     def _settle(self, verdict: m.Finish) -> None:
         """Bring the newest version that every rank holds to disk, then let the workers go."""
+        self._hear_last_steps()
         is_trusted = verdict.exit_code != DO_NOT_RESTART
         if is_trusted and len(self._keepers) == self._config.launch.nodes:
             self._save(is_urgent=verdict.outcome == "stopped")
         for worker in set(self._workers_of_ranks.values()):
             self._fleet.release(_worker(worker))
+
+    def _hear_last_steps(self) -> None:
+        """A pulse that is asked for now brings the reports of all steps that the ranks have finished."""
+        now = self._clock.now()
+        asked_s, end = now, now + _LAST_WORDS_S
+        while now < end and any(self._pulse.heard_s.get(node, -1.0) < asked_s for node in self._keepers):
+            self._turn()
+            now = self._clock.now()
 
     def _save(self, *, is_urgent: bool) -> None:
         """Whoever asked the run to stop does not wait long; nor does one who asks only now."""

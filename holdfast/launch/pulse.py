@@ -28,6 +28,8 @@ class Pulse:
         """Newest sign of life by rank, in the driver's clock."""
         self.versions: dict[int, list[Mapping[str, Any]]] = {}
         """Complete versions in memory by rank, as of the last pulse."""
+        self.heard_s: dict[int, float] = {}
+        """When the newest pulse that was answered had been asked for, by node."""
         self.silent: list[tuple[int, str]] = []
         """Nodes whose keeper did not answer in time or failed; the conductor empties the list."""
 
@@ -59,6 +61,7 @@ class Pulse:
             if answer.error is not None:
                 self.silent.append((node, answer.error))
                 return
+            self.heard_s[node] = asked_s
             pulse = cast(Mapping[str, Any], answer.result)
             # CLOCK_MONOTONIC differs between hosts: carry over ages, not instants. The time of asking errs on
             # the side of an older beat by one round trip at most.

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from holdfast import failpoints
 from holdfast.configs.plain import from_plain
 from holdfast.configs.schema import RunConfig
@@ -42,6 +44,7 @@ class WorkerHost:
         self._run_dir, self._attempt = Path(str(spec["run_dir"])), int(cast(int, spec["attempt"]))
         self._job = Job(self._config, str(spec["store"]), str(self._run_dir / "export"))
         self._config_digest = str(spec["config_digest"])
+        torch.set_num_threads(self._config.launch.threads_per_worker)  # of any fleet: results depend on it to the bit
         self._heart = Heart(self._config.recovery.heartbeat_s)
         self._arena: Arena | None = None
         self._ref: ArenaRef | None = None

@@ -80,6 +80,7 @@ class TorchCommunicator:
             return cls(rank, world, torch.device("cuda", torch.cuda.current_device()), Connections())
         connections = Connections.announced_in(Path(rendezvous).read_bytes())
         if world > 1 and not connections:
+            dist.destroy_process_group()
             raise CollectiveBroken(rank, "join", f"of its {world - 1} connections none is left, or none is recognised")
         return cls(rank, world, torch.device("cpu"), connections)
 

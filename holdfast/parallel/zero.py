@@ -15,8 +15,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import InvariantViolation
-from holdfast.parallel.slices import Flat, Piece, StateTensor, cut, pieces_of_partition, state_slices
+from holdfast.parallel.sharding import ParamGroups, pad_to_blocks, sharding_of
+from holdfast.parallel.slices import Flat, StateTensor, state_slices
 from holdfast.types import Precision, StateSlice
 
 if not torch.cuda.is_available():
@@ -39,7 +40,7 @@ with warnings.catch_warnings():
     from deepspeed.runtime.zero import parameter_offload as ds_offload
     from deepspeed.runtime.zero import partition_parameters as ds_partition
     from deepspeed.runtime.zero import stage3 as ds_stage3
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import groups as ds_groups
 
@@ -53,9 +54,6 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", Futu
 
 # DeepSpeed compiles a shared-memory operation when it finds a compiler; gloo does the same without.
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
-
-ParamGroups = list[dict[str, Any]]
-"""``torch.optim`` parameter groups: ``params`` and options, which are the optimizer's own."""
 
 
 def warm_up() -> None:
@@ -110,11 +108,14 @@ class ZeroEngine:
         states: OptimizerStates,
         options: ZeroOptions,
     ) -> None:
-        self._options, self._states = options, states
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        _forget_earlier_engines(self.rank, self.world)
+        if self.world == 1:  # nothing to partition; and stage 3 alone does not expect parameters that are filled up
+            options = replace(options, stage=min(options.stage, 2))
+        self._options, self._states = options, states
+        _forget_engines()
+        _name_ranks(self.rank, self.world)
         if options.stage in (1, 2):
-            groups = _pad_parameters(model, groups, options.block_size)
+            groups = pad_to_blocks(model, groups, options.block_size)
         names = {id(p): name for name, p in model.named_parameters()}
         self._optimizer = make_optimizer(groups)
         for group in self._optimizer.param_groups:
@@ -124,10 +125,13 @@ class ZeroEngine:
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=_config(options), dist_init_required=False
             )[0]
-        self._sharding = _sharding(self._engine.optimizer, options, names, self.rank, self.world)
-        with self._seated():
+        self._sharding = sharding_of(self._engine.optimizer, options.stage, names)
+        with self._seated() as flats:
             states.ensure_state(self._optimizer)
-        self._reset_scalars()
+            for flat in flats:  # a step of DeepSpeed's own does not count
+                states.load_scalars(
+                    self._optimizer, flat.master, dict.fromkeys(states.scalars(self._optimizer, flat.master), 0)
+                )
         self._slices = tuple(self._make_slices())
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ class ZeroEngine:
             group["lr"] = lr
         if not self._engine.is_gradient_accumulation_boundary():
             raise InvariantViolation(f"an update needs {self._options.accumulation} microbatches first")
-        norm = self._sharding.clip()
+        norm = self._sharding.clip(self._options.grad_clip)
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
@@ -170,15 +174,15 @@ class ZeroEngine:
         return self._slices
 
     def scalars(self) -> Mapping[str, object]:
-        """What the optimizer keeps besides tensors, as JSON values, by flat tensor."""
-        with self._seated():
-            return {f"{i}": dict(self._states.scalars(self._optimizer, f.master)) for i, f in self._flats()}
+        """What the optimizer keeps besides tensors, as JSON values, by parameter group; the same on every rank."""
+        with self._seated() as flats:
+            return {str(flat.group): dict(self._states.scalars(self._optimizer, flat.master)) for flat in flats}
 
     def load_scalars(self, scalars: Mapping[str, object]) -> None:
-        """Put back what ``scalars`` returned."""
-        with self._seated():
-            for i, flat in self._flats():
-                values = cast(Mapping[str, object], scalars[str(i)])
+        """Put back what ``scalars`` returned, here or on any other rank, whatever its stage."""
+        with self._seated() as flats:
+            for flat in flats:
+                values = cast(Mapping[str, object], scalars[str(flat.group)])
                 self._states.load_scalars(self._optimizer, flat.master, values)
 
     @torch.no_grad()
@@ -189,213 +193,46 @@ class ZeroEngine:
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
         """Whole fp32 master weights by name, on the CPU of rank 0; empty elsewhere."""
-        found: dict[str, Tensor] = {}
-        for _, flat in self._flats():
-            for whole in self._sharding.gather(flat):
-                if self.rank == 0:
-                    found.update(whole)
-        return found
+        whole: dict[str, Tensor] = {}
+        for flat in self._sharding.flats:
+            for some in self._sharding.gather(flat):
+                whole.update(some)
+        return whole
 
     def close(self) -> None:
         """Free every tensor. Not collective: the peers may be gone."""
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        with contextlib.suppress(RuntimeError), _quiet():  # its clean-up may want collectives that cannot work now
+        with contextlib.suppress(RuntimeError), _quiet():
             engine.destroy()
+        for parameter in engine.module.parameters():  # the traceback of a fault may still hold the model
+            parameter.data, parameter.grad = torch.empty(0), None
         self._slices, self._optimizer, self._sharding = (), None, None  # type: ignore[assignment]  # closed for good
-        _release(engine)
-        del engine
+        del engine, parameter
+        _forget_engines()
         gc.collect()
 
-    def _flats(self) -> Iterable[tuple[int, Flat]]:
-        return enumerate(self._sharding.flats)
-
     def _make_slices(self) -> Iterator[StateSlice]:
-        with self._seated():
-            for _, flat in self._flats():
+        with self._seated() as flats:
+            for flat in flats:
                 yield from state_slices(flat, self._states.describe_state(self._optimizer, flat.master))
 
-    def _reset_scalars(self) -> None:
-        with self._seated():
-            for _, flat in self._flats():
-                fresh = dict.fromkeys(self._states.scalars(self._optimizer, flat.master), 0)
-                self._states.load_scalars(self._optimizer, flat.master, fresh)
-
     @contextlib.contextmanager
-    def _seated(self) -> Iterator[None]:
+    def _seated(self) -> Iterator[Sequence[Flat]]:
         """Show the optimizer its flat parameters: stage 3 takes them away between steps."""
-        groups = self._optimizer.param_groups
+        groups, flats = self._optimizer.param_groups, self._sharding.flats
         before = [group["params"] for group in groups]
         for number, group in enumerate(groups):
-            group["params"] = [flat.master for _, flat in self._flats() if flat.group == number]
+            group["params"] = [flat.master for flat in flats if flat.group == number]
         try:
-            yield
+            yield flats
         finally:
             for group, params in zip(groups, before, strict=True):
                 group["params"] = params
 
 
-# -- where each stage keeps its state ---------------------------------------------------------------------------------
-
-
-class _Sharding(Protocol):
-    """One stage's memory: this rank's flat masters, and how they become the weights that train."""
-
-    @property
-    def flats(self) -> Sequence[Flat]: ...
-
-    def refresh(self) -> None: ...
-
-    def gather(self, flat: Flat) -> Iterator[dict[str, Tensor]]:
-        """Collective. Whole parameters, a few at a time; only rank 0 needs them."""
-        ...
-
-    def clip(self) -> Tensor | None:
-        """Clip where DeepSpeed does not; the norm, or None where it does."""
-        ...
-
-
-class _Replicated:
-    """Stage 0: every rank holds everything. In fp32 the weights are their own masters."""
-
-    def __init__(self, optimizer: Any, options: ZeroOptions, names: Mapping[int, str]) -> None:
-        self._clip_at = options.grad_clip
-        self._has_masters = options.precision is Precision.BF16
-        self._weights = optimizer.fp16_groups if self._has_masters else [g["params"] for g in optimizer.param_groups]
-        masters = optimizer.fp32_groups if self._has_masters else self._weights
-        self.flats = [
-            Flat(number, master, (Piece(names[id(weight)], tuple(weight.shape), 0, weight.numel(), 0),))
-            for number, (group, group_masters) in enumerate(zip(self._weights, masters, strict=True))
-            for weight, master in zip(group, group_masters, strict=True)
-        ]
-
-    def refresh(self) -> None:
-        if self._has_masters:
-            weights = [weight for group in self._weights for weight in group]
-            for weight, flat in zip(weights, self.flats, strict=True):
-                weight.copy_(flat.master)
-
-    def gather(self, flat: Flat) -> Iterator[dict[str, Tensor]]:
-        yield {flat.pieces[0].name: flat.master.detach().float().cpu().clone()}
-
-    def clip(self) -> Tensor | None:
-        if self._has_masters:
-            return None
-        weights = [weight for group in self._weights for weight in group]
-        return torch.nn.utils.clip_grad_norm_(weights, self._clip_at or math.inf)
-
-
-class _FlatGroups:
-    """Stages 1 and 2: each parameter group is one flat tensor, cut into equal shares."""
-
-    def __init__(self, optimizer: Any, names: Mapping[int, str], rank: int, world: int) -> None:
-        self._optimizer, self._world = optimizer, world
-        is_bf16 = hasattr(optimizer, "fp32_groups_flat_partition")
-        groups = optimizer.bf16_groups if is_bf16 else optimizer.bit16_groups
-        masters = optimizer.fp32_groups_flat_partition if is_bf16 else optimizer.single_partition_of_fp32_groups
-        self._sizes = [[(names[id(p)], tuple(p.shape)) for p in group] for group in groups]
-        self.flats = []
-        for number, master in enumerate(masters):
-            low = rank * master.numel()
-            pieces = pieces_of_partition(self._sizes[number], low, low + master.numel())
-            kept = tuple(piece for piece in pieces if not piece.name.startswith(_PADDING))
-            self.flats.append(Flat(number, master, kept))
-
-    def refresh(self) -> None:
-        self._optimizer.update_lp_params()
-
-    def gather(self, flat: Flat) -> Iterator[dict[str, Tensor]]:
-        whole = _all_gather(flat.master, self._world)
-        for piece in pieces_of_partition(self._sizes[flat.group], 0, whole.numel()):
-            if not piece.name.startswith(_PADDING):
-                yield {piece.name: whole[piece.at : piece.at + piece.stop].view(piece.shape).clone()}
-
-    def clip(self) -> Tensor | None:
-        return None
-
-
-class _Partitioned:
-    """Stage 3: each parameter is cut into equal shares, and a rank's shares lie one behind the other."""
-
-    def __init__(self, optimizer: Any, names: Mapping[int, str], rank: int, world: int) -> None:
-        self._optimizer, self._world = optimizer, world
-        self._weights = optimizer.fp16_groups
-        self._names = names
-        self.flats = []
-        for number, (group, master) in enumerate(
-            zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
-        ):
-            cuts = [
-                cut(names[id(p)], tuple(p.ds_shape), p.partition_numel(), rank, at)
-                for p, at in zip(group, _offsets([p.partition_numel() for p in group]), strict=True)
-            ]
-            pieces = tuple(piece for piece in cuts if piece is not None)
-            self.flats.append(Flat(optimizer.sub_group_to_group_id[number], master, pieces))
-
-    def refresh(self) -> None:
-        optimizer = self._optimizer
-        for number, flat in enumerate(self.flats):
-            optimizer.fp16_partitioned_groups_flat[number].data.copy_(flat.master.data)
-            optimizer._unflatten_partitioned_parameters(number)
-        kept = optimizer.persistent_parameters
-        if kept:  # gathered already: cut them again, or they would keep their old values
-            kept[0].partition(kept)
-            kept[0].all_gather(kept)
-
-    def gather(self, flat: Flat) -> Iterator[dict[str, Tensor]]:
-        number = next(n for n, other in enumerate(self.flats) if other is flat)
-        group = self._weights[number]
-        for weight, at in zip(group, _offsets([p.partition_numel() for p in group]), strict=True):
-            whole = _all_gather(flat.master[at : at + weight.partition_numel()], self._world)
-            yield {self._names[id(weight)]: whole[: weight.ds_numel].view(tuple(weight.ds_shape)).clone()}
-
-    def clip(self) -> Tensor | None:
-        return None
-
-
-def _sharding(optimizer: Any, options: ZeroOptions, names: Mapping[int, str], rank: int, world: int) -> _Sharding:
-    if options.stage == 0:
-        return _Replicated(optimizer, options, names)
-    if options.stage == 3:
-        return _Partitioned(optimizer, names, rank, world)
-    return _FlatGroups(optimizer, names, rank, world)
-
-
-def _offsets(sizes: Sequence[int]) -> list[int]:
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += size
-    return offsets
-
-
-def _all_gather(part: Tensor, world: int) -> Tensor:
-    parts = [torch.empty_like(part) for _ in range(world)]
-    dist.all_gather(parts, part.detach().contiguous())
-    return torch.cat(parts).float().cpu()
-
-
-# -- the grid of quantisation blocks ----------------------------------------------------------------------------------
-
-_PADDING = "holdfast_padding_"
-
-
-def _pad_parameters(model: nn.Module, groups: ParamGroups, block_size: int) -> ParamGroups:
-    """Behind every parameter that ends inside a block, a parameter that fills it up, never used and always zero."""
-    padded, count = [], 0
-    for group in groups:
-        params: list[Tensor] = []
-        for param in group["params"]:
-            params.append(param)
-            missing = -param.numel() % block_size
-            if missing:
-                filler = nn.Parameter(torch.zeros(missing, dtype=param.dtype, device=param.device))
-                model.register_parameter(f"{_PADDING}{count}", filler)
-                params.append(filler)
-                count += 1
-        padded.append({**group, "params": params})
-    return padded
+# -- what DeepSpeed has no option for ----------------------------------------------------------------------------------
 
 
 def _cut_on_blocks(block_size: int, world: int) -> None:
@@ -458,39 +295,36 @@ def _config(options: ZeroOptions) -> dict[str, Any]:
     return config
 
 
-def _forget_earlier_engines(rank: int, world: int) -> None:
-    """Counters and caches that DeepSpeed keeps per process: survivors and replacements must start from the same."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(_local_rank()))
-    ds_comm.cdb = None
-    ds_groups._release_process_group_references()
+def _name_ranks(rank: int, world: int) -> None:
+    """What a launcher would have put into the environment."""
+    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
     # A second group would have connections of its own, which nobody could wake a blocked rank from.
     ds_groups._WORLD_GROUP = dist.group.WORLD
+
+
+def _forget_engines() -> None:
+    """Undo what DeepSpeed keeps per process, so that engines can be freed, and survivors start like newcomers."""
+    ds_comm.cdb = None
+    ds_groups._release_process_group_references()
     ds_partition.Init.param_id = 0
-    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    ds_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    ds_offload.FWD_MODULE_STACK.clear()  # its first entry is the model
+    for cache in _CACHES:
+        cache.cache_clear()
+    F.linear = _LINEAR
 
 
-def _local_rank() -> int:
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
-
-
-def _release(engine: Any) -> None:
-    """Break what would keep the weights alive after ``destroy``."""
-    for module in engine.module.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            hooks.clear()
-        module._backward_pre_hooks.clear()
-    for parameter in engine.module.parameters():
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
-        parameter.grad = None
-    ds_offload.FWD_MODULE_STACK.clear()
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as C
-
-    for method in vars(C).values():
+def _method_caches(cls: type) -> Iterator[Any]:
+    """Caches that live as long as the class, and with them every object and every module they were asked for."""
+    for method in vars(cls).values():
         for cell in getattr(method, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):
-                cell.cell_contents.cache_clear()
-    ds_groups._release_process_group_references()
-    ds_comm.cdb = None
+                yield cell.cell_contents
+
+
+_CACHES = tuple(_method_caches(PartitionedParameterCoordinator))
+_LINEAR = F.linear  # stage 3 puts another in its place
 
 
 @contextlib.contextmanager

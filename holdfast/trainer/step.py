@@ -117,6 +117,8 @@ def train_step(
     parts.watcher.enter(Phase.UPDATE, step)
     rate = parts.learning_rate(step)
     grad_norm = parts.engine.update(rate)
+    if not math.isfinite(grad_norm):  # clipping by it has spoiled the live state, which nobody has been offered yet
+        raise NonFiniteStep(step, grad_norm, "gradient norm")
     view.train.advance(verdict.tokens)
     failpoints.hit("step.after_update", step)
     stall_s += offer(view, parts, pending)

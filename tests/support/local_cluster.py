@@ -10,7 +10,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -20,8 +19,10 @@ from typing import Any
 
 __all__ = ["LocalCluster", "Member", "RanksFailed"]
 
-_PRELOAD = ["holdfast.launch.preload"]
-"""What the fork server imports, once; torch and DeepSpeed take seconds."""
+_PRELOAD = ["holdfast.launch.preload", "pytest"]
+"""What the fork server imports, once: torch and DeepSpeed take seconds."""
+_GRACE_S = 3.0
+"""What the others get to fail too, once one rank has."""
 
 
 class RanksFailed(AssertionError):
@@ -30,7 +31,7 @@ class RanksFailed(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What a rank of a cluster knows."""
+    """What a rank knows."""
 
     rank: int
     world: int
@@ -39,8 +40,8 @@ class Member:
     deadline_s: float
 
     def rendezvous(self, name: str = "epoch") -> str:
-        """A file where the ranks can meet, once."""
-        return str(self.directory / name)
+        """A file where ranks can meet, once."""
+        return str(self.directory / f"{name}.rendezvous")
 
     @property
     def log(self) -> Path:
@@ -49,109 +50,112 @@ class Member:
 
 
 class LocalCluster:
-    """Runs a function on every rank. Functions and results are pickled, so functions are found by their name."""
+    """Runs a function on every rank. Functions and results are pickled, and functions are found by their name."""
 
     def __init__(self, deadline_s: float = 40.0) -> None:
         self._deadline_s = deadline_s
-        self._context = multiprocessing.get_context("forkserver")
-        forkserver._forkserver._stop()  # one that others use may lack what the ranks need, or outlive its usefulness
-        self._context.set_forkserver_preload(_PRELOAD)
 
-    def close(self) -> None:
-        """End the server."""
-        forkserver._forkserver._stop()
-
-    def run(
-        self, body: Callable[..., Any], world: int, *args: object, lost: Collection[int] = (), setting: str = ""
-    ) -> list[Any]:
+    def run(self, body: Callable[..., Any], world: int, *args: object, lost: Collection[int] = ()) -> list[Any]:
         """``body(member, *args)`` on every rank at once; what they return, by rank.
 
-        Ranks in ``lost`` are not waited for: they may die or freeze, and their result is None. No process is left.
+        Ranks in ``lost`` may die or freeze: nobody waits for them, and their result is None. No process is left.
 
-        Raises: RanksFailed with every rank's traceback, or its stack when the deadline has passed.
+        Raises: RanksFailed with each rank's traceback, or with its stack when the deadline has passed.
         """
+        context = _warm_context()
         with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
             members = [Member(rank, world, Path(directory), self._deadline_s) for rank in range(world)]
-            ranks = [_Rank(self._context.Pipe(duplex=False), m.log) for m in members]
+            ranks = [_Rank(context, member, body, args) for member in members]
             try:
-                for rank, member in zip(ranks, members, strict=True):
-                    rank.start(self._context, member, body, args)
-                self._await([rank for number, rank in enumerate(ranks) if number not in lost])
-            finally:
                 for rank in ranks:
-                    rank.end()
-            failed = {n: r.failure for n, r in enumerate(ranks) if r.failure and n not in lost}
-            if failed:
-                raise RanksFailed("\n".join(f"rank {n} {why}" for n, why in failed.items()))
-            return [rank.result for rank in ranks]
-
-    def _await(self, ranks: list[_Rank]) -> None:
-        """Until all have answered or one has failed, when the others get a moment to fail too."""
-        end = time.monotonic() + self._deadline_s
-        while open_ranks := [rank for rank in ranks if rank.is_running]:
-            if not (ready := wait([rank.pipe for rank in open_ranks], timeout=max(0.0, end - time.monotonic()))):
-                return
-            for rank in open_ranks:
-                if rank.pipe in ready:
-                    rank.read()
-                    if rank.failure:
-                        end = min(end, time.monotonic() + 3.0)
+                    rank.process.start()
+                    rank.theirs.close()
+                _await([rank for number, rank in enumerate(ranks) if number not in lost], self._deadline_s)
+            finally:
+                failures = [rank.end() for rank in ranks]
+        shown = [f"rank {number} {why}" for number, why in enumerate(failures) if why and number not in lost]
+        if shown:
+            raise RanksFailed("\n".join(shown))
+        return [None if number in lost else rank.result for number, rank in enumerate(ranks)]
 
 
 class _Rank:
     """The driver's side of one process."""
 
-    def __init__(self, ends: tuple[Connection, Connection], log: Path) -> None:
-        self.pipe, self._theirs = ends
-        self._log = log
-        self._process: BaseProcess | None = None
-        self.is_running = True
+    def __init__(self, context: Any, member: Member, body: Callable[..., Any], args: tuple[object, ...]) -> None:
+        self.pipe, self.theirs = context.Pipe(duplex=False)
+        self.process: BaseProcess = context.Process(target=_run, args=(self.theirs, member, body, args))
+        self._log = member.log
         self.result: Any = None
-        self.failure = ""
+        self.is_done, self._failure = False, ""
 
-    def start(self, context: Any, member: Member, body: Callable[..., Any], args: tuple[object, ...]) -> None:
-        self._process = context.Process(target=_run, args=(self._theirs, member, body, args))
-        self._process.start()
-        self._theirs.close()
+    @property
+    def has_failed(self) -> bool:
+        return bool(self._failure)
 
     def read(self) -> None:
-        self.is_running = False
+        self.is_done = True
         try:
-            self.result, self.failure = self.pipe.recv()
-        except EOFError:  # it died without a word
-            self.failure = "died"
+            self.result, self._failure = self.pipe.recv()
+        except EOFError:
+            self._failure = "died"
 
-    def end(self) -> None:
-        """Kill it if it still lives, and write down how it ended."""
-        if self._process is None:
-            return
-        if self.is_running and not self.failure:
-            self.failure = "did not finish in time"
-        if self.failure:
-            self._process.kill()
-        self._process.join(5.0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        if self.failure:
-            with suppress(FileNotFoundError):
-                output = self._log.read_text(errors="replace")
-                self.failure += f" (exit code {self._process.exitcode}), having printed:\n{output}"
-        self._process.close()
+    def end(self) -> str:
+        """Kill it if it still lives. How it failed, or nothing."""
+        if self.process.pid is None:
+            return "was never started"
+        if self.is_done:
+            self.process.join(_GRACE_S)
+        self.process.kill()
+        self.process.join()
+        failure = self._failure if self.is_done else "did not finish in time"
+        if failure:
+            output = self._log.read_text(errors="replace") if self._log.exists() else ""
+            failure = f"{failure}, exit code {self.process.exitcode}, having printed:\n{output}"
+        self.process.close()
         self.pipe.close()
+        return failure
+
+
+def _await(ranks: list[_Rank], deadline_s: float) -> None:
+    end = time.monotonic() + deadline_s
+    while waiting := [rank for rank in ranks if not rank.is_done]:
+        ready = wait([rank.pipe for rank in waiting], timeout=max(0.0, end - time.monotonic()))
+        if not ready:
+            return
+        for rank in waiting:
+            if rank.pipe in ready:
+                rank.read()
+                if rank.has_failed:
+                    end = min(end, time.monotonic() + _GRACE_S)
 
 
 def _run(pipe: Connection, member: Member, body: Callable[..., Any], args: tuple[object, ...]) -> None:
-    """Body of every process. Warnings are errors here too."""
-    descriptor = os.open(member.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    warnings.simplefilter("error", append=True)  # behind what the package itself filters
-    faulthandler.dump_traceback_later(member.deadline_s - 1.0, file=2)  # type: ignore[arg-type]  # a descriptor is one
+    """Body of every process. Here too, warnings are errors, but for those that the package ignores."""
+    log = os.open(member.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    warnings.simplefilter("error", append=True)
+    faulthandler.dump_traceback_later(member.deadline_s - 1.0)
     try:
-        pipe.send((body(member, *args), ""))
+        answer = body(member, *args), ""
     except BaseException:  # a process boundary: the driver learns of it
-        pipe.send((None, f"raised:\n{traceback.format_exc()}"))
-    faulthandler.cancel_dump_traceback_later()
+        answer = None, f"raised:\n{traceback.format_exc()}"
+    pipe.send(answer)
     pipe.close()
     os._exit(0)  # threads that are blocked for good must not keep it
+
+
+_server: int | None = None
+
+
+def _warm_context() -> Any:
+    """Python has one fork server per process: another's, which may lack what ranks need, is replaced."""
+    global _server
+    context, server = multiprocessing.get_context("forkserver"), forkserver._forkserver
+    if server._forkserver_pid is None or server._forkserver_pid != _server:
+        server._stop()
+        context.set_forkserver_preload(_PRELOAD)
+        server.ensure_running()
+        _server = server._forkserver_pid
+    return context

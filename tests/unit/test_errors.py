@@ -120,7 +120,7 @@ def test_a_data_error_says_where() -> None:
             "rank 1 lost its peers in VOTE: closed",
             {"rank": 1, "phase": "VOTE", "detail": "closed"},
         ),
-        (NonFiniteStep(41, float("inf")), "loss=inf at step 41", {"step": 41, "loss": float("inf")}),
+        (NonFiniteStep(41, float("inf")), "loss=inf at step 41", {"step": 41, "value": float("inf")}),
         (NonFiniteStep(41, float("inf")), "lower optim.lr", {}),
         (
             ShardCorrupt("wq/master", rank=1, version=40, want="aa", have="bb"),

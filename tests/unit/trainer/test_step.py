@@ -173,11 +173,25 @@ def test_a_loss_that_is_not_finite_changes_nothing_on_any_rank(loss: float, plac
     with pytest.raises(NonFiniteStep) as found:
         rank.step()
     assert found.value.step == 1
-    assert not math.isfinite(found.value.loss)
+    assert not math.isfinite(found.value.value)
     assert rank.engine.weight.tolist() == [1.0] * 3
     assert rank.view.train == TrainState(step=1, tokens=10)
     assert rank.snapshots.offered == [1]
     assert rank.snapshots.committed == [1]  # the version before is sound, and every rank holds it
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_state_that_a_gradient_without_end_has_spoiled_is_offered_to_nobody(
+    norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipped by an infinite norm, every gradient is zero or NaN, while the loss may stay finite for ever."""
+    rank = _Rank()
+    rank.step()
+    monkeypatch.setattr(rank.engine, "update", lambda rate: norm)
+    with pytest.raises(NonFiniteStep, match=f"gradient norm={norm} at step 1 is not finite"):
+        rank.step()
+    assert rank.view.train == TrainState(step=1, tokens=5)
+    assert rank.snapshots.offered == [1]
 
 
 def test_a_rank_that_has_to_leave_enters_no_collective() -> None:

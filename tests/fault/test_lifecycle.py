@@ -1,0 +1,565 @@
+"""The life of a whole run: started, stopped, killed, damaged, given up, and continued with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.configs.schema import RunConfig
+from holdfast.errors import ConfigurationError
+from holdfast.fault_tolerance import checkpoint
+from holdfast.launch.cli import main
+from holdfast.launch.fleet import Address, Role
+from holdfast.launch.process_fleet import ProcessFleet
+from holdfast.launch.run import train
+from holdfast.launch.run_dir import RunDir
+from tests.support.drivers import (
+    Driver,
+    at_step,
+    options_of,
+    records,
+    run_dirs,
+    sound_record,
+    steps_of,
+    until,
+)
+from tests.support.runs import Outcome, events_of, outcome_of, tiny_config, write_corpus
+
+pytestmark = pytest.mark.timeout(180)
+
+_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Outcome:
+    """What a run of ``_STEPS`` steps that nothing happens to ends with."""
+    result = train(_config(tmp_path_factory.mktemp("reference"), corpus, spares=0))
+    assert result.exit_code == 0
+    return outcome_of(result.run_dir)
+
+
+@pytest.fixture
+def driver() -> Iterator[Callable[[RunConfig], Driver]]:
+    started = list[Driver]()
+
+    def start(config: RunConfig) -> Driver:
+        started.append(Driver(config))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def pid_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Address], int]:
+    """Number of a process of the run that this process drives."""
+    fleets, make = list[ProcessFleet](), ProcessFleet.__init__
+
+    def noted(self: ProcessFleet, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        fleets.append(self)
+
+    monkeypatch.setattr(ProcessFleet, "__init__", noted)
+    return lambda address: fleets[-1]._members[address].process.pid or -1
+
+
+def _config(root: Path, corpus: Path, *, persist_every: int = 0, **options: Any) -> RunConfig:
+    config = tiny_config(root, corpus, **{"steps": _STEPS, **options})
+    config.resume, config.snapshot.persist_every_steps = "auto", persist_every
+    return config
+
+
+def _keeper(node: int) -> Address:
+    return Address(Role.KEEPER, node)
+
+
+def _next_command(said: str) -> list[str]:
+    """What the end block advises to type."""
+    return shlex.split(said.splitlines()[-1].removeprefix("NEXT  "))
+
+
+# -- again ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_trains_nothing_more_until_it_gets_a_farther_goal(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path, corpus, steps=4, spares=0)
+    first = train(config)
+    config.run_id = first.run_dir.name
+    before = _content(first.run_dir)
+    capfd.readouterr()
+    again = train(config)
+    assert (again.outcome, again.exit_code, again.step, again.run_dir) == ("finished", 0, 4, first.run_dir)
+    assert "is finished: step 4 was its goal; nothing to do" in capfd.readouterr().out
+    assert _content(first.run_dir) == before
+
+    config.trainer.max_steps = 6
+    farther = train(config)
+    assert (farther.outcome, farther.exit_code, farther.step) == ("finished", 0, 6)
+    assert steps_of(first.run_dir, attempt=2) == [5, 6]
+    (plan,) = events_of(first.run_dir, "recovery_planned")
+    assert (plan["source"], plan["version"]) == ("disk", 4)
+    tokens = {r["step"]: r["tokens"] for r in records(first.run_dir / "metrics.jsonl") if "loss" in r}
+    assert tokens[5] - tokens[4] == tokens[4] - tokens[3]
+    assert sound_record(first.run_dir)["ended"]["step"] == 6
+
+
+def _content(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# -- stopped ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_the_advised_command_ends_with_the_same_bits(
+    number: signal.Signals,
+    tmp_path: Path,
+    corpus: Path,
+    reference: Outcome,
+    driver: Callable[[RunConfig], Driver],
+) -> None:
+    """Ctrl-C, a scheduler and a service manager reach workers, keepers and the fork server, too."""
+    run = driver(_config(tmp_path, corpus))
+    run.await_step(3)
+    run.signal_group(number)
+    code, said = run.await_end()
+    (run_dir,) = run_dirs(tmp_path)
+    ended = sound_record(run_dir)["ended"]
+    assert (code, ended["outcome"], ended["exit_code"]) == (75, "stopped", 75), said
+    assert 3 <= ended["step"] < _STEPS
+    assert f"{number.name} received" in ended["reason"]
+    (written,) = events_of(run_dir, "checkpoint_written")
+    assert written["step"] == ended["step"]
+    assert f"END   stopped (exit code 75): step {ended['step']} of {_STEPS} in" in said
+    assert f"saved checkpoint of step {ended['step']}, {written['path']}" in said
+    assert run.family() == []
+
+    command = _next_command(said)
+    assert command[:2] == ["holdfast", "train"]
+    assert main(command[1:]) == 0
+    assert run_dirs(tmp_path) == [run_dir]
+    assert steps_of(run_dir, attempt=2) == list(range(ended["step"] + 1, _STEPS + 1))
+    assert reference.differences(outcome_of(run_dir)) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_driver_ends_the_run_at_a_step_that_all_ranks_agree_on(
+    number: signal.Signals, tmp_path: Path, corpus: Path, reference: Outcome
+) -> None:
+    config = _config(tmp_path, corpus)
+    with at_step(tmp_path, 2, lambda: os.kill(os.getpid(), number)):
+        stopped = train(config)
+    assert (stopped.outcome, stopped.exit_code) == ("stopped", 75)
+    assert stopped.reason == f"{number.name} received"
+    assert not events_of(stopped.run_dir, "fault_detected")
+    assert steps_of(stopped.run_dir, attempt=1) == list(range(1, stopped.step + 1))
+    resumed = train(config)
+    assert (resumed.run_dir, resumed.exit_code) == (stopped.run_dir, 0)
+    assert reference.differences(outcome_of(resumed.run_dir)) == []
+
+
+def test_control_c_before_anything_is_saved_leaves_nothing_behind(
+    tmp_path: Path, corpus: Path, driver: Callable[[RunConfig], Driver]
+) -> None:
+    temporary = set(Path("/tmp").glob("hf-*")) | set(Path("/tmp").glob("pymp-*"))
+    run = driver(_config(tmp_path, corpus))
+    run.await_processes(3)  # the fork server imports torch, in the middle of which an exception would be ugly
+    before = time.monotonic()
+    run.signal_group(signal.SIGINT)
+    code, said = run.await_end()
+    assert code == 130, said
+    assert time.monotonic() - before < 10
+    assert "Traceback" not in said
+    assert "END   stopped (exit code 130): no step saved" in said
+    until(lambda: run.family() == [], "the end of all processes")
+    (run_dir,) = run_dirs(tmp_path)
+    assert sound_record(run_dir)["ended"]["exit_code"] == 130
+    assert list((run_dir / "checkpoints").iterdir()) == []
+    assert (set(Path("/tmp").glob("hf-*")) | set(Path("/tmp").glob("pymp-*"))) <= temporary
+
+
+def test_a_second_signal_leaves_at_once(
+    tmp_path: Path, corpus: Path, reference: Outcome, driver: Callable[[RunConfig], Driver]
+) -> None:
+    """In the middle of a step that lasts, so that the first one cannot have ended the run."""
+    config = _config(tmp_path, corpus, persist_every=2, faults=["hang rank=1 step=5"])
+    run = driver(config)
+    run.await_step(5)
+    run.signal(signal.SIGTERM)
+    (run_dir,) = run_dirs(tmp_path)
+    until(lambda: events_of(run_dir, "stop_requested"), "the first signal")
+    before = time.monotonic()
+    run.signal(signal.SIGTERM)
+    code, said = run.await_end()
+    assert code == 143, said
+    assert time.monotonic() - before < 10
+    assert f"END   stopped (exit code 143): step 4 of {_STEPS}" in said
+    ended = sound_record(run_dir)["ended"]
+    assert (ended["outcome"], ended["exit_code"], ended["step"]) == ("stopped", 143, 4)
+    until(lambda: run.family() == [], "the end of all processes")
+    config.chaos.faults = []
+    assert train(config).exit_code == 0
+    assert reference.differences(outcome_of(run_dir)) == []
+
+
+def test_a_killed_driver_takes_its_processes_with_it_and_the_next_one_continues(
+    tmp_path: Path, corpus: Path, reference: Outcome, driver: Callable[[RunConfig], Driver]
+) -> None:
+    config = _config(tmp_path, corpus, persist_every=2)
+    run = driver(config)
+    run.await_step(5)
+    assert len(run.family()) >= 8  # driver, fork server, three keepers, three workers
+    run.signal(signal.SIGKILL)
+    until(lambda: run.family() == [], "the end of all processes", within_s=10)
+    (run_dir,) = run_dirs(tmp_path)
+    resumed = train(config)
+    assert (resumed.run_dir, resumed.exit_code) == (run_dir, 0)
+    (plan,) = events_of(run_dir, "recovery_planned")
+    assert plan["source"] == "disk"
+    assert plan["version"] >= 2
+    record = sound_record(run_dir)
+    assert record["attempts"][0]["ended"] is None  # nobody was left to note it
+    assert reference.differences(outcome_of(run_dir)) == []
+
+
+# -- damaged ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The root of a run that was stopped with two checkpoints on disk."""
+    root = tmp_path_factory.mktemp("interrupted")
+    with at_step(root, 7, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        result = train(_config(root, corpus, persist_every=5))
+    assert result.exit_code == 75
+    assert len(_checkpoints(result.run_dir)) == 2
+    return root
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def _flip_a_bit(folder: Path) -> None:
+    path = folder / checkpoint.data_file(1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def _cut_off_the_end(folder: Path) -> None:
+    path = folder / checkpoint.data_file(2)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _lose_a_manifest(folder: Path) -> None:
+    (folder / checkpoint.manifest_file(0)).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_flip_a_bit, "digest .* does not match"),
+        (_cut_off_the_end, "bytes, .* were written"),
+        (_lose_a_manifest, "is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(
+    damage: Callable[[Path], None],
+    reason: str,
+    tmp_path: Path,
+    corpus: Path,
+    interrupted: Path,
+    reference: Outcome,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    root = shutil.copytree(interrupted, tmp_path / "root")
+    (run_dir,) = run_dirs(root)
+    older, newer = _checkpoints(run_dir)
+    damage(newer)
+    config = _config(root, corpus, persist_every=5)
+    result = train(config)
+    assert (result.exit_code, result.run_dir) == (0, run_dir)
+    plan = events_of(run_dir, "recovery_planned")[-1]
+    assert (plan["source"], plan["version"]) == ("disk", checkpoint.step_of(older.name))
+    refused = {event["path"]: event["reason"] for event in events_of(run_dir, "checkpoint_rejected")}
+    assert re.search(reason, refused[newer.name])
+    assert any(re.search(reason, one) for one in plan["rejected"])
+    assert re.search(f"SKIP .* checkpoint {newer.name}: .*{reason}", capfd.readouterr().out)
+    assert reference.differences(outcome_of(run_dir)) == []
+    sound_record(run_dir)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(
+    tmp_path: Path, corpus: Path, interrupted: Path
+) -> None:
+    root = shutil.copytree(interrupted, tmp_path / "root")
+    (run_dir,) = run_dirs(root)
+    older, newer = _checkpoints(run_dir)
+    _flip_a_bit(older)
+    _cut_off_the_end(newer)
+    before = sorted(_content(run_dir / "checkpoints").values())
+    for _ in range(2):  # the second time knows no more than the first
+        result = train(_config(root, corpus, persist_every=5))
+        assert (result.exit_code, result.outcome, result.run_dir) == (93, "failed", run_dir)
+        assert "2 checkpoint(s) exist but none can be used" in result.reason
+        assert "start a new run with resume=never" in result.reason
+        left = _content(run_dir / "checkpoints")
+        assert sorted(h for name, h in left.items() if not name.endswith("reason.txt")) == before
+    assert steps_of(run_dir, attempt=2) == steps_of(run_dir, attempt=3) == []
+    assert sound_record(run_dir)["ended"]["exit_code"] == 93
+
+
+# -- full -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_run_outlives_a_full_disk_and_says_what_is_not_saved(
+    small_disk: Path, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(small_disk, corpus, steps=8, spares=0, persist_every=2)
+    config.data.cache = str(tmp_path / "cache")
+
+    def fill() -> None:
+        with (small_disk / "filler").open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+            except OSError:
+                return
+
+    with at_step(small_disk, 3, fill):
+        result = train(config)
+    said = capfd.readouterr().out
+    print(said)
+    assert result.step == 8
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_somebody_drives_is_not_driven_twice(
+    tmp_path: Path, corpus: Path, interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(interrupted, tmp_path / "root")
+    (run_dir,) = run_dirs(root)
+    config = _config(root, corpus)
+    config.run_id = run_dir.name
+    before = _content(run_dir)
+    with RunDir(run_dir).lock():
+        assert main(["train", *options_of(config)]) == 2
+    assert f"run {run_dir.name} is being driven by pid {os.getpid()} on " in capsys.readouterr().err
+    after = _content(run_dir)
+    assert {k: v for k, v in after.items() if k != "driver.lock"} == {
+        k: v for k, v in before.items() if k != "driver.lock"
+    }
+
+
+def test_a_root_that_cannot_be_written_to_is_refused_before_anything_starts(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["train", *options_of(_config(tmp_path / "file" / "root", corpus))]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file") in said
+    assert "Traceback" not in said
+
+
+def test_all_mistakes_are_told_together_and_nothing_is_made(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path / "root", corpus, nodes=2)
+    config.trainer.global_batch, config.recovery.heartbeat_s, config.snapshot.keep_last = 7, -1.0, 1
+    config.data.path = str(tmp_path / "missing")
+    assert main(["train", *options_of(config)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    for mistake in (
+        "trainer.global_batch=7 must be a multiple of trainer.micro_batch x ranks",
+        "recovery.heartbeat_s=-1.0 must be a positive number of seconds",
+        "snapshot.keep_last=1 must be at least 2",
+        f"data.path='{tmp_path / 'missing'}' does not exist",
+    ):
+        assert sum(mistake in line for line in said) == 1, said
+    assert not (tmp_path / "root").exists()
+
+
+# -- repaired ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_ranks_and_the_spare_die_at_once_and_memory_restores_them(
+    tmp_path: Path, corpus: Path, reference: Outcome, pid_of: Callable[[Address], int]
+) -> None:
+    def kill_all() -> None:
+        for number in range(4):  # three ranks and a spare
+            os.kill(pid_of(Address(Role.WORKER, number)), signal.SIGKILL)
+
+    with at_step(tmp_path, 3, kill_all):
+        result = train(_config(tmp_path, corpus))
+    assert result.exit_code == 0
+    (done,) = events_of(result.run_dir, "recovery_done")
+    assert done["steps_lost"] <= 1
+    assert reference.differences(outcome_of(result.run_dir)) == []
+
+
+def test_a_frozen_keeper_is_replaced_and_no_step_is_lost(
+    tmp_path: Path, corpus: Path, reference: Outcome, pid_of: Callable[[Address], int]
+) -> None:
+    config = _config(tmp_path, corpus, suspect_after_s=3.0)
+    with at_step(tmp_path, 3, lambda: os.kill(pid_of(_keeper(1)), signal.SIGSTOP)):
+        result = train(config)
+    assert result.exit_code == 0
+    assert reference.differences(outcome_of(result.run_dir)) == []
+
+
+def test_a_node_that_dies_with_its_memory_falls_back_to_disk_and_says_what_that_costs(
+    tmp_path: Path, corpus: Path, reference: Outcome, pid_of: Callable[[Address], int]
+) -> None:
+    def kill_node() -> None:
+        for address in (_keeper(1), Address(Role.WORKER, 1)):
+            os.kill(pid_of(address), signal.SIGKILL)
+
+    with at_step(tmp_path, 8, kill_node):
+        result = train(_config(tmp_path, corpus, persist_every=5))
+    assert result.exit_code == 0
+    (plan,) = events_of(result.run_dir, "recovery_planned")
+    assert (plan["source"], plan["version"] % 5) == ("disk", 0)
+    (done,) = events_of(result.run_dir, "recovery_done")
+    steps = steps_of(result.run_dir, attempt=1)
+    repeated = len(steps) - len(set(steps))
+    assert done["steps_lost"] == repeated >= 1
+    assert reference.differences(outcome_of(result.run_dir)) == []
+
+
+# -- given up ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_failures", "code", "faults"), [(10, 93, 4), (2, 1, 3)])
+def test_a_worker_that_dies_at_each_restart_ends_the_run_with_its_history(
+    max_failures: int, code: int, faults: int, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dies = ["sigkill rank=1 step=4", *["sigkill rank=1 step=4 at=recovery.before_restore"] * 5]
+    result = train(_config(tmp_path, corpus, steps=8, faults=dies, max_failures=max_failures))
+    assert (result.outcome, result.exit_code) == ("failed", code)
+    assert result.reason.count("(rank 1) at step") == result.reason.count("killed by SIGKILL") == faults
+    folders = sorted((result.run_dir / "failures").iterdir())
+    assert [folder.name for folder in folders] == [f"{n:04d}" for n in range(1, faults + 1)]
+    for folder in folders:
+        assert "chaos: sigkill rank=1 step=4" in (folder / "rank00001.tail.txt").read_text()
+        assert (folder / "driver.tail.txt").exists()
+        assert (folder / "summary.json").exists()
+    said = capfd.readouterr().out
+    assert f"END   failed (exit code {code}): step 4 of 8" in said
+    is_saved = bool(_checkpoints(result.run_dir))
+    assert is_saved == (code == 1)  # what made no progress is not trusted
+    assert ("no checkpoint was written" in said) == (not is_saved)
+    assert sound_record(result.run_dir)["ended"]["exit_code"] == code
+
+
+def test_an_exception_is_named_on_the_console_and_kept(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = train(_config(tmp_path, corpus, steps=4, faults=["exception rank=2 step=2"]))
+    assert result.exit_code == 0
+    assert re.search(
+        r"FAULT \S+ rank 2 lost \(node 2, pid \d+\): ChaosException: injected by chaos.faults", capfd.readouterr().out
+    )
+    (fault,) = events_of(result.run_dir, "fault_detected")
+    assert fault["cause"].startswith("ChaosException: injected by chaos.faults\nTraceback")
+    (folder,) = (result.run_dir / "failures").iterdir()
+    assert "ChaosException: injected by chaos.faults" in (folder / "summary.json").read_text()
+    assert "ChaosException: injected by chaos.faults" in (folder / "rank00002.tail.txt").read_text()
+
+
+def test_a_run_that_diverges_ends_with_the_reason(tmp_path: Path, corpus: Path) -> None:
+    config = _config(tmp_path, corpus, spares=0)
+    config.optim.lr = 1e30
+    result = train(config)
+    assert (result.outcome, result.exit_code) == ("failed", 93)
+    assert "is not finite; lower optim.lr" in result.reason
+    assert result.step < _STEPS
+    assert _checkpoints(result.run_dir) == []
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nodes", "per_node", "spares"), [(1, 1, 0), (2, 2, 1)])
+def test_a_rank_is_replaced_in_runs_of_other_shapes(
+    nodes: int, per_node: int, spares: int, tmp_path: Path, corpus: Path
+) -> None:
+    last = nodes * per_node - 1
+    config = _config(tmp_path, corpus, steps=4, nodes=nodes, spares=spares, faults=[f"sigkill rank={last} step=2"])
+    config.launch.workers_per_node = per_node
+    config.trainer.global_batch, config.trainer.eval_windows = 2 * (last + 1), 2 * (last + 1)
+    result = train(config)
+    assert (result.exit_code, result.step) == (0, 4)
+    (fault,) = events_of(result.run_dir, "fault_detected")
+    assert (fault["ranks"], fault["node"]) == ([last], nodes - 1)
+    (done,) = events_of(result.run_dir, "recovery_done")
+    assert done["steps_lost"] <= 1
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path, corpus: Path) -> None:
+    config = _config(tmp_path / "root", corpus, nodes=2)
+    config.launch.workers_per_node = 3
+    config.trainer.eval_windows = 6
+    with pytest.raises(ConfigurationError, match="trainer.global_batch=8 must be a multiple of .* 2 x 6 = 12"):
+        train(config)
+    assert not (tmp_path / "root").exists()
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_on_the_way_are_told_with_their_steps(tmp_path: Path, corpus: Path) -> None:
+    config = _config(tmp_path, corpus, steps=9, spares=0)
+    config.trainer.eval_every = 2
+    result = train(config)
+    evaluated = events_of(result.run_dir, "evaluated")
+    assert [event["step"] for event in evaluated] == [2, 4, 6, 8, 9]
+    noted = {
+        r["step"]: r["validation_bits_per_byte"] for r in records(result.run_dir / "metrics.jsonl") if "loss" not in r
+    }
+    assert noted == {event["step"]: event["bits_per_byte"] for event in evaluated}
+    assert result.findings["bits_per_byte"] == noted[9]
+    kinds = [event["event"] for event in records(result.run_dir / "events.jsonl")]
+    assert (kinds[0], kinds[-1]) == ("run_started", "run_ended")
+    assert sound_record(result.run_dir)["ended"] == {
+        "outcome": "finished",
+        "exit_code": 0,
+        "step": 9,
+        "reason": "the goal is reached",
+        "time": pytest.approx(time.time(), abs=60),
+    }

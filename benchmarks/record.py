@@ -16,6 +16,8 @@ from holdfast.launch.identity import git_commit
 __all__ = ["quartiles", "spread", "table", "write_record"]
 
 _PACKAGES = ("holdfast", "torch", "deepspeed", "ray", "numpy", "pyarrow", "xxhash")
+_LOAD_BEFORE = os.getloadavg()[0]
+"""Of the last minute, before this benchmark makes load of its own."""
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -65,7 +67,7 @@ def write_record(theme: str, title: str, body: str, *, hardware: str = "") -> Pa
     command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     commit = git_commit(Path(__file__).parent) or "unknown"
     machine = f"{_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB"
-    load = f"load average {os.getloadavg()[2]:.2f} over the last 15 minutes"
+    load = f"load average {_LOAD_BEFORE:.2f} when it began"
     known = ", ".join(f"{name} {version}" for name, version in versions().items())
     text = (
         f"# {title}\n\n{today.isoformat()}, `{command}`, commit {commit}.\n\n"

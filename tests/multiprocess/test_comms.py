@@ -91,7 +91,7 @@ class _Aborter(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        time.sleep(0.4)
+        time.sleep(0.5)
         self.aborted_s = time.monotonic()
         self._comm.abort()
 
@@ -115,7 +115,7 @@ def _lose_one_after_the_other(member: Member, fault: int) -> list[_Wake]:
         comm = _join(member, f"epoch{epoch}", world=world)
         dist.all_reduce(torch.ones(1 << 16))
         if member.rank == world - 1:
-            time.sleep(0.1)
+            time.sleep(0.05)
             os.kill(os.getpid(), fault)
         aborter = _Aborter(comm)
         try:
@@ -141,7 +141,8 @@ def test_survivors_of_a_lost_peer_are_woken_by_an_abort_and_meet_again(fault: in
         for wake in wakes:
             assert wake.is_known, wake.message
             assert wake.after_abort_s < 1.0 and wake.closing_s < 1.0
-        assert wakes[-1].after_abort_s > 0.0, "something else wakes who waits for a living peer"
+        # The last one waits for a living peer; only its own abort or that peer's, at the same time, can wake it.
+        assert wakes[-1].after_abort_s > -0.2
 
 
 # -- leaving ----------------------------------------------------------------------------------------------------------
@@ -211,23 +212,23 @@ def test_a_rank_that_waits_for_others_can_leave_or_names_them_in_time() -> None:
 
 def _slow(member: Member) -> float:
     """The deadline of connecting must not be the deadline of collectives."""
-    comms._CONNECT_TIMEOUT_S = 0.5
-    comm = _join(member, timeout_s=2.0)
-    time.sleep(1.0 * member.rank)
+    comms._CONNECT_TIMEOUT_S = 0.3
+    comm = _join(member, timeout_s=1.2)
+    time.sleep(0.7 * member.rank)
     assert comm.all_reduce_sum([1.0]) == [2.0]
     start_s = time.monotonic()
     if member.rank == 0:
         with pytest.raises(CollectiveBroken):
             comm.all_reduce_sum([1.0])
     else:
-        time.sleep(3.0)
+        time.sleep(2.0)
     comm.close()
     return time.monotonic() - start_s
 
 
 def test_a_collective_gets_its_own_deadline() -> None:
     waited_s, _ = _CLUSTER.run(_slow, 2)
-    assert 1.5 < waited_s < 3.0
+    assert 1.0 < waited_s < 1.9
 
 
 # -- sockets of others ------------------------------------------------------------------------------------------------

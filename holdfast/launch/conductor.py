@@ -54,7 +54,9 @@ class Verdict:
     faults: int
     steps_lost: int
     findings: Mapping[str, object]
-    """What rank 0 concluded: bits per byte, generated text, weights."""
+    """What rank 0 concluded: bits per byte, generated text, weights or why there are none."""
+    saved: int | None = None
+    """Step of the newest checkpoint on disk, -1 for none; None if nobody has looked."""
 
 
 def _worker(number: int) -> Address:
@@ -88,10 +90,14 @@ class Conductor:
             self._calls, interval_s=_PULSE_S, silence_s=config.recovery.suspect_after_s, on_step=on_step
         )
         self._keepers: set[int] = set()
+        self._keeper_starts: dict[int, int] = {}
+        """The call that started a node's keeper, unless that keeper has gone."""
         self._workers_of_ranks: dict[int, int] = {}
         self._result: dict[str, object] = {}
         self._verdict: m.Finish | None = None
         self._stop_reason: str | None = None
+        self._living: dict[int, tuple[int, int]] = {}
+        """Node and pid of every worker that has been ready and is not known to have gone."""
         self._killed: set[Address] = set()
         """Since the last look at what the fleet reports."""
         self._drain_due_s = 0.0
@@ -118,14 +124,17 @@ class Conductor:
         return self._conclude(m.Finish("stopped", exit_code, "a second signal; nothing more was saved"))
 
     def _conclude(self, end: m.Finish) -> Verdict:
+        self._durable.survey()  # nobody may have looked yet
+        saved = self._durable.newest_step
         return Verdict(
             outcome=end.outcome,
             exit_code=end.exit_code,
             reason=end.reason,
-            step=self._step_of(end.outcome),
+            step=saved if end.outcome == "stopped" else self._last_step(),
             faults=self._supervisor.faults,
             steps_lost=self._supervisor.steps_lost,
             findings=self._result,
+            saved=saved,
         )
 
     def _turn(self) -> None:
@@ -140,16 +149,15 @@ class Conductor:
         now = self._clock.now()
         self._calls.expire(now)
         self._pulse.ask(self._keepers, now)
-        for node, error in self._pulse.silent:
-            self._keeper_silent(node, error)
-        self._pulse.silent.clear()
+        while self._pulse.silent:
+            self._keeper_silent(*self._pulse.silent.pop(0))
 
     def _after_turn(self) -> None:
         if self._stop_reason is not None:
             reason, self._stop_reason = self._stop_reason, None
             self._tell(m.StopAsked(reason))
-        by_worker = {w: self._pulse.beats[r] for r, w in self._workers_of_ranks.items() if r in self._pulse.beats}
-        self._tell(m.Beats(by_worker))
+        beats = self._pulse.beats_at(self._clock.now())
+        self._tell(m.Beats({w: beats[r] for r, w in self._workers_of_ranks.items() if r in beats}))
         self._tell(m.Tick())
         now = self._clock.now()
         if self._supervisor.state is State.RUNNING:  # a recovery needs the storage, and may turn against the version
@@ -190,20 +198,17 @@ class Conductor:
         for action in actions:
             _HANDLERS[type(action)](self, action)
 
-    def _step_of(self, outcome: str) -> int:
-        if outcome == "stopped":
-            self._durable.survey()  # nobody may have looked yet
-            return self._durable.newest_step
+    def _last_step(self) -> int:
         last = max((beat.step for beat in self._pulse.beats.values()), default=0)
         return int(cast(int, self._result.get("step", last)))
 
     # -- processes ------------------------------------------------------------------------------------------------
 
     def _lost(self, lost: Lost) -> None:
-        self._calls.forget(lost.target, lost.cause)
         if lost.target.role is Role.KEEPER:
             self._keeper_gone(lost.target.number, lost.cause)
         else:
+            self._calls.forget(lost.target, lost.cause)
             self._worker_gone(lost.target.number, lost.cause)
 
     def _worker_gone(self, worker: int, cause: str) -> None:
@@ -213,12 +218,15 @@ class Conductor:
 
     def _keeper_silent(self, node: int, error: str) -> None:
         if node in self._keepers:
-            self._kill(_keeper(node))
-            self._calls.forget(_keeper(node), error.splitlines()[0])
             self._keeper_gone(node, f"keeper of node {node}: {error.splitlines()[0]}")
 
     def _keeper_gone(self, node: int, cause: str) -> None:
+        """Told once, although each of its open calls fails too: the next keeper of the node must not be blamed."""
         self._keepers.discard(node)
+        self._keeper_starts.pop(node, None)
+        self._kill(_keeper(node))
+        self._calls.forget(_keeper(node), cause.splitlines()[0])
+        self._pulse.silent = [(silent, error) for silent, error in self._pulse.silent if silent != node]
         for rank in self._ranks_of(node):
             self._pulse.forget_rank(rank)
         self._durable.abandon()
@@ -237,6 +245,7 @@ class Conductor:
         def then(answer: Completion) -> None:
             if answer.error is None:
                 pid = int(cast(Mapping[str, Any], answer.result)["pid"])
+                self._living[action.worker] = (action.node, pid)
                 self._tell(m.WorkerReady(action.worker, action.node, pid))
             else:
                 self._kill(target)
@@ -246,20 +255,26 @@ class Conductor:
 
     def _start_keeper(self, action: m.StartKeeper) -> None:
         target = _keeper(action.node)
+        self._kill(target)  # one that has not become ready in time
+        call = self._fleet.start(target, action.node, {**self._specs.keeper, "node": action.node})
+        self._keeper_starts[action.node] = call
 
         def then(answer: Completion) -> None:
+            if self._keeper_starts.get(action.node) != call:
+                return
             if answer.error is None:
                 self._keepers.add(action.node)
                 self._tell(m.KeeperReady(action.node))
             else:
-                self._kill(target)
                 self._keeper_gone(action.node, answer.error)
 
-        spec = {**self._specs.keeper, "node": action.node}
-        self._calls.track(self._fleet.start(target, action.node, spec), target, then)
+        self._calls.track(call, target, then)
 
     def _kill_worker(self, action: m.KillWorker) -> None:
         logger.info("worker %d is killed: %s", action.worker, action.reason)
+        node, pid = self._living.pop(action.worker, (-1, 0))
+        if node in self._keepers:  # a frozen process does not hear what some fleets ask it to do; its host does
+            self._calls.tell(_keeper(node), "kill", pid)
         self._kill(_worker(action.worker))
         self._calls.forget(_worker(action.worker), action.reason)
         self._workers_of_ranks = {r: w for r, w in self._workers_of_ranks.items() if w != action.worker}
@@ -318,13 +333,15 @@ class Conductor:
             durable, rejected = self._durable.survey()
             self._tell(m.InventoryTaken(epoch, held, durable, rejected))
 
-        self._ask_keepers("inventory", then=then)
+        self._ask_keepers("inventory", then=then, failed=self._failed)
 
-    def _ask_keepers(self, method: str, *args: object, then: Callable[[Gathered], None]) -> None:
+    def _ask_keepers(
+        self, method: str, *args: object, then: Callable[[Gathered], None], failed: Callable[[Completion], None]
+    ) -> None:
         self._calls.gather(
             {_keeper(node): (method, args) for node in sorted(self._keepers)},
             then=then,
-            failed=self._failed,
+            failed=failed,
             deadline_s=self._deadline(),
         )
 
@@ -361,14 +378,18 @@ class Conductor:
             old.unlink(missing_ok=True)
         path = str(rendezvous / f"epoch-{action.epoch}")
 
-        def then(_: Gathered) -> None:
+        def begin() -> None:
             for member in action.members:
                 plan = EpochPlan(action.epoch, member.rank, len(action.members), action.version, path)
                 self._calls.ask(
                     _worker(member.worker), "run_epoch", asdict(plan), then=self._parked(member, action.epoch)
                 )
 
-        self._ask_keepers("forget_above", action.version, then=then)
+        def failed(answer: Completion) -> None:
+            begin()  # to the supervisor everybody is in the epoch; only who has been sent there can leave it
+            self._failed(answer)
+
+        self._ask_keepers("forget_above", action.version, then=lambda _: begin(), failed=failed)
 
     def _parked(self, member: m.Member, epoch: int) -> Callable[[Completion], None]:
         def then(answer: Completion) -> None:

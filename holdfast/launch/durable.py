@@ -209,6 +209,7 @@ class DurableTier:
     def _persist(self, step: int, calls: Calls, keeper_of: KeeperOf, deadline_s: float) -> None:
         self._writing = writing = _Writing(step, time.monotonic())
         self._put_aside(step)
+        self._make_room()
         directory, receipts = checkpoint.directory(step), dict[int, Mapping[str, Any]]()
 
         def then(rank: int) -> Callable[[Completion], None]:
@@ -233,6 +234,14 @@ class DurableTier:
                 then=then(rank),
                 deadline_s=deadline_s,
             )
+
+    def _make_room(self) -> None:
+        """What earlier writes have left behind takes space that this one may need."""
+        try:
+            for name in checkpoint.leftovers(self._storage):
+                self._storage.delete(name)
+        except SnapshotError as error:
+            logger.warning("interrupted checkpoints were not removed: %s", error)
 
     def _commit(self, writing: _Writing, receipts: Mapping[int, Mapping[str, Any]]) -> None:
         self._writing = None

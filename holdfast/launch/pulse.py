@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from holdfast.fault_tolerance.messages import BeatSeen
@@ -23,6 +24,7 @@ class Pulse:
         self._due_s: dict[int, float] = {}
         self._waiting: set[int] = set()
         self._since: dict[int, int] = {}
+        self._asked_s: dict[int, float] = {}
         self._newest = (-1, -1)
         self.beats: dict[int, BeatSeen] = {}
         """Newest sign of life by rank, in the driver's clock."""
@@ -49,6 +51,11 @@ class Pulse:
                 deadline_s=now + self._silence_s,
             )
 
+    def beats_at(self, now: float) -> dict[int, BeatSeen]:
+        """The newest signs of life by rank, as old as they were when the keeper was asked: that it has told nothing
+        since is not the ranks' silence, but its own."""
+        return {rank: _later(beat, now - self._asked_s[rank]) for rank, beat in self.beats.items()}
+
     def forget_rank(self, rank: int) -> None:
         """The rank's keeper starts again with an empty board."""
         self._since.pop(rank, None)
@@ -66,6 +73,7 @@ class Pulse:
             # CLOCK_MONOTONIC differs between hosts: carry over ages, not instants. The time of asking errs on
             # the side of an older beat by one round trip at most.
             for rank, seen in pulse["ranks"].items():
+                self._asked_s[int(rank)] = asked_s
                 self._note(int(rank), seen, asked_s - float(pulse["now"]))
 
         return then
@@ -91,3 +99,7 @@ class Pulse:
             if (report.epoch, report.step) > self._newest:
                 self._newest = (report.epoch, report.step)
                 self._on_step(report)
+
+
+def _later(beat: BeatSeen, seconds: float) -> BeatSeen:
+    return replace(beat, beat_s=beat.beat_s + seconds, progress_s=beat.progress_s + seconds)

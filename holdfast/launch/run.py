@@ -17,8 +17,9 @@ from holdfast.clock import SystemClock
 from holdfast.configs import validate
 from holdfast.configs.plain import to_plain
 from holdfast.configs.schema import LaunchKind, RunConfig
-from holdfast.errors import ConfigurationError, HoldfastError
+from holdfast.errors import ConfigurationError, HoldfastError, SnapshotError
 from holdfast.events import Evaluated, Event, EventSink, FaultDetected, Generated, RunEnded, RunStarted
+from holdfast.fault_tolerance import checkpoint
 from holdfast.fault_tolerance.machine import Layout, Supervisor
 from holdfast.launch import identity
 from holdfast.launch.banner import banner
@@ -75,7 +76,11 @@ def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) 
     if opening.is_finished:
         return _nothing_to_do(opening)
     with opening.run_dir.lock():
-        return _Drive(config, opening, store, digest, overrides, command).to_the_end()
+        try:
+            drive = _Drive(config, opening, store, digest, overrides, command)
+        except SnapshotError as error:  # nothing has started yet
+            raise ConfigurationError(f"run {opening.run_dir.run_id} cannot be driven: {error}") from error
+        return drive.to_the_end()
 
 
 def _nothing_to_do(opening: Opening) -> Result:
@@ -225,8 +230,7 @@ class _Drive:
                 verdict.reason,
             )
         )
-        facts = {"weights": str(found["weights"])} if found else {}
-        facts |= {"run": str(self._run_dir.path)} | self._record(verdict)
+        facts = _what_is_saved(verdict) | {"run": str(self._run_dir.path)} | self._record(verdict)
         console.conclude(facts, next_command=self._next(verdict))
         self._result = Result(
             verdict.outcome, verdict.exit_code, verdict.step, verdict.reason, self._run_dir.path, found
@@ -244,7 +248,7 @@ class _Drive:
     def _next(self, verdict: Verdict) -> str:
         if verdict.outcome == "finished":
             return self._again({"trainer.max_steps": str(2 * self._config.trainer.max_steps)})
-        if verdict.exit_code in (_UNEXPECTED, _DO_NOT_RESTART):
+        if verdict.exit_code in (_UNEXPECTED, _DO_NOT_RESTART) and "not_exported" not in verdict.findings:
             return f"tail -n 50 {self._run_dir.driver_log(self._attempt)}"
         return self._again({})
 
@@ -265,9 +269,23 @@ def _drive(conductor: Conductor, signals: StopSignals) -> Verdict:
         verdict = conductor.run()
     except (KeyboardInterrupt, SystemExit):  # a second signal
         return conductor.leave(signals.exit_code)
-    if verdict.outcome != "stopped":
+    if verdict.outcome == "stopped":
+        return replace(verdict, exit_code=_SAVED if verdict.step >= 0 else signals.exit_code)
+    why = verdict.findings.get("not_exported")
+    if why is None:
         return verdict
-    return replace(verdict, exit_code=_SAVED if verdict.step >= 0 else signals.exit_code)
+    reason = f"the goal is reached, but the weights are not exported: {why}; the same command tries it again"
+    return replace(verdict, outcome="failed", exit_code=_UNEXPECTED, reason=reason)
+
+
+def _what_is_saved(verdict: Verdict) -> dict[str, str]:
+    facts = {"weights": str(verdict.findings["weights"])} if "weights" in verdict.findings else {}
+    if verdict.saved is None:
+        return facts
+    if verdict.saved < 0:
+        return {"saved": "no checkpoint", **facts}
+    and_later = ", and nothing later" if verdict.saved < verdict.step else ""
+    return {"saved": f"checkpoint of step {verdict.saved:,}, {checkpoint.directory(verdict.saved)}{and_later}", **facts}
 
 
 def _verdict_on(error: BaseException, signals: StopSignals) -> Verdict:

@@ -296,9 +296,10 @@ def _config(options: ZeroOptions) -> dict[str, Any]:
 
 
 def _name_ranks(rank: int, world: int) -> None:
-    """What a launcher would have put into the environment."""
+    """What a launcher would have put into the environment. Without the last one, stage 3 on a CPU asks ``numactl`` for
+    it in every backward pass."""
     local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), LOCAL_SIZE="1")
     # A second group would have connections of its own, which nobody could wake a blocked rank from.
     ds_groups._WORLD_GROUP = dist.group.WORLD
 

@@ -128,7 +128,11 @@ class RankRun:
         )
 
     def conclude(self) -> Mapping[str, object]:
-        """Collective. Evaluate and export; rank 0 returns what the run has to show."""
+        """Collective. Evaluate and export; rank 0 returns what the run has to show.
+
+        Weights that cannot be written are no fault, because nothing that recovery does would help: ``not_exported``
+        says why.
+        """
         step = self.view.train.step
         self._watcher.enter(Phase.EVALUATE, step)
         bits, windows = self._measure(step)
@@ -137,10 +141,14 @@ class RankRun:
         weights = self._engine.full_weights()
         if self._comm.rank != 0:
             return {}
-        path = Path(self._job.export_dir) / "model.safetensors"
-        export_weights(weights, path, metadata={"format": "pt", "step": str(step)})
         text = _sample(self._job.options, weights)
-        return {"step": step, "bits_per_byte": bits, "windows": windows, "text": text, "weights": str(path)}
+        found = {"step": step, "bits_per_byte": bits, "windows": windows, "text": text}
+        path = Path(self._job.export_dir) / "model.safetensors"
+        try:
+            export_weights(weights, path, metadata={"format": "pt", "step": str(step)})
+        except OSError as error:
+            return {**found, "not_exported": str(error)}
+        return {**found, "weights": str(path)}
 
     def close(self) -> None:
         """Free the engine; the next epoch builds a new one in this process."""

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 __all__ = ["export_weights"]
 
 
 def export_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> int:
-    """Write fp32 ``weights`` to ``path``; a reader sees the whole file or none. Returns its bytes."""
+    """Write fp32 ``weights`` to ``path``; a reader sees the whole file or none. Returns its bytes. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -25,6 +26,8 @@ def export_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: Mappi
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except SafetensorError as error:  # the operating system's, in other words
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path.stat().st_size

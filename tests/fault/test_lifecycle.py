@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -130,35 +131,33 @@ def _content(folder: Path) -> dict[str, str]:
 # -- stopped ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_saves_and_the_advised_command_ends_with_the_same_bits(
-    number: signal.Signals,
-    tmp_path: Path,
-    corpus: Path,
-    reference: Outcome,
-    driver: Callable[[RunConfig], Driver],
+    tmp_path: Path, corpus: Path, reference: Outcome, driver: Callable[[RunConfig], Driver]
 ) -> None:
     """Ctrl-C, a scheduler and a service manager reach workers, keepers and the fork server, too."""
-    run = driver(_config(tmp_path, corpus))
-    run.await_step(3)
-    run.signal_group(number)
-    code, said = run.await_end()
-    (run_dir,) = run_dirs(tmp_path)
-    ended = sound_record(run_dir)["ended"]
-    assert (code, ended["outcome"], ended["exit_code"]) == (75, "stopped", 75), said
-    assert 3 <= ended["step"] < _STEPS
-    assert f"{number.name} received" in ended["reason"]
-    (written,) = events_of(run_dir, "checkpoint_written")
-    assert written["step"] == ended["step"]
-    assert f"END   stopped (exit code 75): step {ended['step']} of {_STEPS} in" in said
-    assert f"saved checkpoint of step {ended['step']}, {written['path']}" in said
-    assert run.family() == []
+    saved = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run = driver(_config(tmp_path, corpus))
+        run.await_step(saved + 3)
+        run.signal_group(number)
+        code, said = run.await_end()
+        (run_dir,) = run_dirs(tmp_path)
+        ended = sound_record(run_dir)["ended"]
+        assert (code, ended["outcome"], ended["exit_code"]) == (75, "stopped", 75), said
+        assert saved + 3 <= ended["step"] < _STEPS
+        assert f"{number.name} received" in ended["reason"]
+        saved = ended["step"]
+        written = events_of(run_dir, "checkpoint_written")[-1]
+        assert written["step"] == saved
+        assert f"END   stopped (exit code 75): step {saved} of {_STEPS} in" in said
+        assert f"saved checkpoint of step {saved}, {written['path']}" in said
+        assert run.family() == []
 
     command = _next_command(said)
     assert command[:2] == ["holdfast", "train"]
     assert main(command[1:]) == 0
     assert run_dirs(tmp_path) == [run_dir]
-    assert steps_of(run_dir, attempt=2) == list(range(ended["step"] + 1, _STEPS + 1))
+    assert steps_of(run_dir, attempt=3) == list(range(saved + 1, _STEPS + 1))
     assert reference.differences(outcome_of(run_dir)) == []
 
 
@@ -199,27 +198,33 @@ def test_control_c_before_anything_is_saved_leaves_nothing_behind(
 
 
 def test_a_second_signal_leaves_at_once(
-    tmp_path: Path, corpus: Path, reference: Outcome, driver: Callable[[RunConfig], Driver]
+    tmp_path: Path,
+    corpus: Path,
+    reference: Outcome,
+    pid_of: Callable[[Address], int],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """In the middle of a step that lasts, so that the first one cannot have ended the run."""
-    config = _config(tmp_path, corpus, persist_every=2, faults=["hang rank=1 step=5"])
-    run = driver(config)
-    run.await_step(5)
-    run.signal(signal.SIGTERM)
-    (run_dir,) = run_dirs(tmp_path)
-    until(lambda: events_of(run_dir, "stop_requested"), "the first signal")
-    before = time.monotonic()
-    run.signal(signal.SIGTERM)
-    code, said = run.await_end()
-    assert code == 143, said
-    assert time.monotonic() - before < 10
-    assert f"END   stopped (exit code 143): step 4 of {_STEPS}" in said
-    ended = sound_record(run_dir)["ended"]
+    config, left_s = _config(tmp_path, corpus, persist_every=2, faults=["hang rank=1 step=5"]), list[float]()
+
+    def insist() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        (run_dir,) = run_dirs(tmp_path)
+        until(lambda: events_of(run_dir, "stop_requested"), "the first signal")
+        left_s.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with at_step(tmp_path, 5, insist):
+        result = train(config)
+    assert time.monotonic() - left_s[0] < 10
+    assert (result.outcome, result.exit_code, result.step) == ("stopped", 143, 4)
+    assert f"END   stopped (exit code 143): step 4 of {_STEPS}" in capfd.readouterr().out
+    ended = sound_record(result.run_dir)["ended"]
     assert (ended["outcome"], ended["exit_code"], ended["step"]) == ("stopped", 143, 4)
-    until(lambda: run.family() == [], "the end of all processes")
     config.chaos.faults = []
-    assert train(config).exit_code == 0
-    assert reference.differences(outcome_of(run_dir)) == []
+    resumed = train(config)
+    assert (resumed.exit_code, resumed.run_dir) == (0, result.run_dir)
+    assert reference.differences(outcome_of(resumed.run_dir)) == []
 
 
 def test_a_killed_driver_takes_its_processes_with_it_and_the_next_one_continues(
@@ -334,37 +339,69 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root")
-    try:
-        yield place
-    finally:
+def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, str], None]]:
+    """Put a small file system at a path."""
+    mounted = list[Path]()
+
+    def mount(place: Path, size: str) -> None:
+        place.mkdir(parents=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small file system takes root")
+        mounted.append(place)
+
+    yield mount
+    for place in mounted:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_run_outlives_a_full_disk_and_says_what_is_not_saved(
-    small_disk: Path, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+def test_a_run_outlives_a_disk_without_room_for_checkpoints_and_says_what_is_saved(
+    tmp_path: Path, corpus: Path, small_disk: Callable[[Path, str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(small_disk, corpus, steps=8, spares=0, persist_every=2)
+    """There is room for one checkpoint and a half."""
+    config = _config(tmp_path, corpus, steps=8, spares=0, persist_every=2)
+    config.run_id = "full"
+    small_disk(tmp_path / "test" / "full" / "checkpoints", "1200k")
+    result = train(config)
+    assert (result.outcome, result.exit_code, result.step) == ("finished", 0, 8)
+    assert not events_of(result.run_dir, "fault_detected")
+    (first, *_), rejected = (events_of(result.run_dir, kind) for kind in ("checkpoint_written", "checkpoint_rejected"))
+    assert rejected
+    assert all("no space left" in event["reason"] for event in rejected)
+    kept = f"step-{first['step']:08d}"
+    assert [folder.name for folder in _checkpoints(result.run_dir) if (folder / "commit.json").exists()] == [kept]
+    assert f"saved   checkpoint of step {first['step']}, {kept}, and nothing later" in capfd.readouterr().out
+    sound_record(result.run_dir)
+
+
+def test_a_run_whose_weights_find_no_room_can_be_finished_when_there_is_some(
+    tmp_path: Path, corpus: Path, small_disk: Callable[[Path, str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, filler = tmp_path / "disk", tmp_path / "disk" / "filler"
+    small_disk(root, "3m")
+    config = _config(root, corpus, steps=8, spares=0)
     config.data.cache = str(tmp_path / "cache")
-
-    def fill() -> None:
-        with (small_disk / "filler").open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
-                return
-
-    with at_step(small_disk, 3, fill):
+    with at_step(root, 3, lambda: _fill_up(filler)):
         result = train(config)
-    said = capfd.readouterr().out
-    print(said)
-    assert result.step == 8
+    assert (result.outcome, result.exit_code, result.step) == ("failed", 1, 8)
+    assert "the goal is reached, but the weights are not exported: " in result.reason
+    assert "No space left on device" in result.reason
+    said, complained = capfd.readouterr()
+    assert "      saved  no checkpoint" in said
+    assert "record run.json does not know how it ended: no space left" in said
+    assert "Logging error" not in complained
+    filler.unlink()
+    again = train(config)
+    assert (again.outcome, again.exit_code, again.step, again.run_dir) == ("finished", 0, 8, result.run_dir)
+    assert sound_record(result.run_dir)["ended"]["exit_code"] == 0
+
+
+def _fill_up(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while os.write(descriptor, bytes(4096)):
+            pass
+    os.close(descriptor)
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------
@@ -436,10 +473,15 @@ def test_all_ranks_and_the_spare_die_at_once_and_memory_restores_them(
 def test_a_frozen_keeper_is_replaced_and_no_step_is_lost(
     tmp_path: Path, corpus: Path, reference: Outcome, pid_of: Callable[[Address], int]
 ) -> None:
-    config = _config(tmp_path, corpus, suspect_after_s=3.0)
-    with at_step(tmp_path, 3, lambda: os.kill(pid_of(_keeper(1)), signal.SIGSTOP)):
+    """A rank that hangs gives the silence of the keeper the time it takes."""
+    config = _config(tmp_path, corpus, faults=["hang rank=0 step=8"], suspect_after_s=2.0, abort_after_s=0.5)
+    with at_step(tmp_path, 5, lambda: os.kill(pid_of(_keeper(1)), signal.SIGSTOP)):
         result = train(config)
     assert result.exit_code == 0
+    fault, *_ = events_of(result.run_dir, "fault_detected")
+    assert fault["node"] == 1
+    assert "keeper of node 1: no answer before the deadline" in fault["cause"]
+    assert all(event["steps_lost"] == 0 for event in events_of(result.run_dir, "recovery_done"))
     assert reference.differences(outcome_of(result.run_dir)) == []
 
 
@@ -483,7 +525,7 @@ def test_a_worker_that_dies_at_each_restart_ends_the_run_with_its_history(
     assert f"END   failed (exit code {code}): step 4 of 8" in said
     is_saved = bool(_checkpoints(result.run_dir))
     assert is_saved == (code == 1)  # what made no progress is not trusted
-    assert ("no checkpoint was written" in said) == (not is_saved)
+    assert ("saved no checkpoint" in said) == (not is_saved)
     assert sound_record(result.run_dir)["ended"]["exit_code"] == code
 
 
@@ -535,7 +577,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path, corpus: 
     config = _config(tmp_path / "root", corpus, nodes=2)
     config.launch.workers_per_node = 3
     config.trainer.eval_windows = 6
-    with pytest.raises(ConfigurationError, match="trainer.global_batch=8 must be a multiple of .* 2 x 6 = 12"):
+    with pytest.raises(ConfigurationError, match=r"trainer.global_batch=8 must be a multiple of .* 2 x 6 = 12"):
         train(config)
     assert not (tmp_path / "root").exists()
 

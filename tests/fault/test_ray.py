@@ -39,11 +39,15 @@ def _on_ray(config: RunConfig, **options: object) -> RunConfig:
     return replace(config, launch=replace(config.launch, kind=LaunchKind.LOCAL, **options))  # type: ignore[arg-type]
 
 
-def test_a_killed_actor_leaves_no_trace_in_the_result(tmp_path: Path, corpus: Path, undisturbed: Result) -> None:
-    faults = ["sigkill rank=1 step=3 at=step.after_backward"]
-    result = train(_on_ray(tiny_config(tmp_path, corpus, steps=_STEPS, faults=faults)))
-    (fault,) = events_of(result.run_dir, "fault_detected")
-    assert fault["ranks"] == [1]
+def test_a_killed_and_a_frozen_actor_leave_no_trace_in_the_result(
+    tmp_path: Path, corpus: Path, undisturbed: Result
+) -> None:
+    faults = ["sigkill rank=1 step=3 at=step.after_backward", "sigstop rank=2 step=4"]
+    result = train(_on_ray(tiny_config(tmp_path, corpus, steps=_STEPS, faults=faults, suspect_after_s=5.0)))
+    killed, frozen = events_of(result.run_dir, "fault_detected")
+    assert (killed["ranks"], frozen["ranks"]) == ([1], [2])
+    assert "heartbeat" in frozen["cause"]
+    assert not psutil.pid_exists(frozen["pid"]), "Ray asks a process to end, and a frozen one does not listen"
     assert result.exit_code == 0
     assert outcome_of(undisturbed.run_dir).differences(outcome_of(result.run_dir)) == []
     assert not list(Path("/tmp").glob(f"hf-ray-{os.getpid()}-*"))

@@ -1,4 +1,4 @@
-"""Drivers of whole runs: as the command a user types, in a process of its own, or in this one while a thread watches."""
+"""Drivers of whole runs: the command a user types in a session of its own, or this process while a thread watches."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -84,7 +85,8 @@ class _Rank:
 
     def __init__(self, context: Any, member: Member, body: Callable[..., Any], args: tuple[object, ...]) -> None:
         self.pipe, self.theirs = context.Pipe(duplex=False)
-        self.process: BaseProcess = context.Process(target=_run, args=(self.theirs, member, body, args))
+        # torch would put tensors into shared memory when multiprocessing pickles them.
+        self.process: BaseProcess = context.Process(target=_run, args=(self.theirs, member, body, pickle.dumps(args)))
         self._log = member.log
         self.result: Any = None
         self.is_done, self._failure = False, ""
@@ -96,7 +98,7 @@ class _Rank:
     def read(self) -> None:
         self.is_done = True
         try:
-            self.result, self._failure = self.pipe.recv()
+            self.result, self._failure = pickle.loads(self.pipe.recv_bytes())
         except EOFError:
             self._failure = "died"
 
@@ -130,7 +132,7 @@ def _await(ranks: list[_Rank], deadline_s: float) -> None:
                     end = min(end, time.monotonic() + _GRACE_S)
 
 
-def _run(pipe: Connection, member: Member, body: Callable[..., Any], args: tuple[object, ...]) -> None:
+def _run(pipe: Connection, member: Member, body: Callable[..., Any], args: bytes) -> None:
     """Body of every process. Here too, warnings are errors, but for those that the package ignores."""
     log = os.open(member.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -138,10 +140,10 @@ def _run(pipe: Connection, member: Member, body: Callable[..., Any], args: tuple
     warnings.simplefilter("error", append=True)
     faulthandler.dump_traceback_later(member.deadline_s - 1.0)
     try:
-        answer = body(member, *args), ""
+        answer = pickle.dumps((body(member, *pickle.loads(args)), ""))
     except BaseException:  # a process boundary: the driver learns of it
-        answer = None, f"raised:\n{traceback.format_exc()}"
-    pipe.send(answer)
+        answer = pickle.dumps((None, f"raised:\n{traceback.format_exc()}"))
+    pipe.send_bytes(answer)
     pipe.close()
     os._exit(0)  # threads that are blocked for good must not keep it
 

@@ -438,6 +438,18 @@ def test_what_a_killed_writer_left_behind_is_gone_after_the_next_checkpoint(run:
     assert {p.name for p in run.root.iterdir()} == {"step-00000002", "LATEST"}
 
 
+def test_what_an_interrupted_write_left_behind_does_not_take_the_room_of_the_next(run: _Run) -> None:
+    run.train(1, 2)
+    run.turn()
+    run.durable.give_up("interrupted")
+    run.hear()
+    assert [path.name for path in run.root.iterdir()] == ["step-00000002"]
+    run.fleet.held_back.add("persist")
+    run.train(3, 4)
+    run.settle()
+    assert list(run.root.iterdir()) == []
+
+
 def test_files_that_were_never_finished_are_gone_when_the_next_driver_begins(tmp_path: Path) -> None:
     run = _Run(tmp_path)
     run.train(1, 2)

@@ -93,6 +93,22 @@ def test_ages_are_carried_over_between_hosts_whose_clocks_differ() -> None:
     assert (beat.beat_s, beat.progress_s) == pytest.approx((asked_s - 2.0, asked_s - 7.0))
 
 
+def test_a_rank_is_not_held_responsible_for_the_silence_of_its_keeper() -> None:
+    driver = _Driver(make_keeper(0), make_keeper(1))
+    for rank, node in ((0, 0), (1, 1)):
+        attach(driver.fleet.bodies[Address(Role.KEEPER, node)], rank).board.beat(1000.0)  # type: ignore[arg-type]  # a keeper
+    driver.turn()
+    known = driver.pulse.beats_at(driver.clock.now())
+    del driver.fleet.bodies[Address(Role.KEEPER, 1)]
+    for _ in range(8):
+        driver.turn()
+    now = driver.clock.now()
+    ages = {rank: now - beat.beat_s for rank, beat in driver.pulse.beats_at(now).items()}
+    assert ages[1] == pytest.approx(driver.clock.now() - 8 * _INTERVAL_S - known[1].beat_s)
+    assert ages[0] == pytest.approx(ages[1])  # as of the keeper's clock, which the test does not move
+    assert (driver.pulse.heard_s[0], driver.pulse.heard_s[1]) == (now - _INTERVAL_S, now - 9 * _INTERVAL_S)
+
+
 def test_versions_are_those_of_the_last_pulse() -> None:
     keeper = make_keeper()
     snapshots = writer(keeper, epoch=2, persist_every=4)

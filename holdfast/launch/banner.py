@@ -17,6 +17,9 @@ from holdfast.trainer.token_store import TokenStore
 
 __all__ = ["banner"]
 
+_REASONS = 3
+"""Runs that were passed over, each with its reason; more would push the rest off the screen."""
+
 
 def banner(config: RunConfig, run_dir: RunDir, attempt: int, store: TokenStore, how: str) -> Mapping[str, str]:
     """Facts in the order they are shown."""
@@ -25,18 +28,25 @@ def banner(config: RunConfig, run_dir: RunDir, attempt: int, store: TokenStore, 
         "devices": _devices(config),
         "memory": _memory(config),
         "data": corpus.describe(store),
-        "resume": how,
+        "resume": _shortened(how),
         "look": f"{_tracker(config)} | tail -f {run_dir.events_file}",
     }
     set_knobs = ", ".join(f"{name}={value}" for name, value in knobs.set_knobs().items())
     return {**facts, "environ": set_knobs} if set_knobs else facts
 
 
+def _shortened(how: str) -> str:
+    first, *against = how.split("\n")
+    more = [f"and {len(against) - _REASONS} more, see run_started in the events"] if len(against) > _REASONS else []
+    return "\n".join([first, *against[:_REASONS], *more])
+
+
 def _tracker(config: RunConfig) -> str:
     if config.tracker.name is TrackerName.NONE:
         return "W&B off (tracker=wandb turns it on)"
-    has_key = knobs.wandb_key() is not None
-    return "W&B " + ("offline" if config.tracker.mode is WandbMode.OFFLINE or not has_key else "online")
+    mode = config.tracker.mode
+    is_offline = mode is WandbMode.OFFLINE or (mode is WandbMode.AUTO and knobs.wandb_key() is None)
+    return "W&B offline" if is_offline else "W&B online"
 
 
 def _devices(config: RunConfig) -> str:

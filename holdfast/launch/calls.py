@@ -92,6 +92,11 @@ class Calls:
         """The process has gone: fail its open calls."""
         self._fail([n for n, c in self._open.items() if c.target == target], f"{LOST}: {cause}")
 
+    def forgive(self, seconds: float) -> None:
+        """The driver did not listen for so long: nobody could answer in time."""
+        for call in self._open.values():
+            call.deadline_s += seconds
+
     def expire(self, now: float) -> None:
         """Fail every call whose deadline has passed."""
         self._fail([n for n, c in self._open.items() if c.deadline_s < now], "no answer before the deadline")

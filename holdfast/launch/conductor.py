@@ -101,6 +101,7 @@ class Conductor:
         self._killed: set[Address] = set()
         """Since the last look at what the fleet reports."""
         self._drain_due_s = 0.0
+        self._listened_s = clock.now()
         faults = chaos.parse_all(config.chaos.faults)
         self._keeper_faults = [fault for fault in faults if fault.target is chaos.Target.KEEPER]
 
@@ -147,10 +148,18 @@ class Conductor:
             else:
                 self._calls.complete(report)
         now = self._clock.now()
+        self._forgive_own_sleep(now)
         self._calls.expire(now)
         self._pulse.ask(self._keepers, now)
         while self._pulse.silent:
             self._keeper_silent(*self._pulse.silent.pop(0))
+
+    def _forgive_own_sleep(self, now: float) -> None:
+        """Suspended with the whole run, or held up by its output: the answers are still on their way."""
+        overslept_s = now - self._listened_s - self._config.recovery.suspect_after_s / 4
+        self._listened_s = now
+        if overslept_s > 0:
+            self._calls.forgive(overslept_s)
 
     def _after_turn(self) -> None:
         if self._stop_reason is not None:
@@ -208,6 +217,7 @@ class Conductor:
         if lost.target.role is Role.KEEPER:
             self._keeper_gone(lost.target.number, lost.cause)
         else:
+            self._living.pop(lost.target.number, None)  # its pid may soon be somebody else's
             self._calls.forget(lost.target, lost.cause)
             self._worker_gone(lost.target.number, lost.cause)
 

@@ -253,15 +253,18 @@ class _Drive:
         return self._again({})
 
     def _again(self, changes: Mapping[str, str]) -> str:
-        """What continues the run: the same options, because others would make another run."""
-        changes = {"run_id": self._run_dir.run_id, **changes}
-        new = [f"{key}={value}" for key, value in changes.items()]
-        if tuple(self._command[:2]) != ("holdfast", "train"):
-            return f"the same configuration with {', '.join(new)}"
-        # In a sweep the words typed mean several runs, the overrides only this one.
-        typed = self._command[2:] if set(self._overrides) <= set(self._command) else self._overrides
-        kept = [word for word in typed if word.partition("=")[0] not in {"resume", *changes}]
-        return shlex.join(["holdfast", "train", *kept, *new])
+        return _with_changes(self._command, self._overrides, {"run_id": self._run_dir.run_id, **changes})
+
+
+def _with_changes(command: Sequence[str], overrides: Sequence[str], changes: Mapping[str, str]) -> str:
+    """What continues a run: the same options, because others would make another run."""
+    new = [f"{key}={value}" for key, value in changes.items()]
+    if tuple(command[:2]) != ("holdfast", "train"):
+        return f"the same configuration with {', '.join(new)}"
+    # In a sweep the words typed mean several runs, the overrides only this one.
+    typed = command[2:] if set(overrides) <= set(command) else overrides
+    kept = [word for word in typed if word.partition("=")[0] not in {"resume", *changes}]
+    return shlex.join(["holdfast", "train", *kept, *new])
 
 
 def _drive(conductor: Conductor, signals: StopSignals) -> Verdict:

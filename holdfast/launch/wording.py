@@ -5,7 +5,6 @@ A line begins with a tag of at most five letters, padded to six columns; what co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +56,7 @@ def size(n_bytes: int) -> str:
     """``812 B``, ``5.2 MB``: decimal units."""
     if n_bytes < 1000:
         return f"{n_bytes} B"
-    power = min(int(math.log10(n_bytes)) // 3, 5)
+    power = next((p for p in range(1, 5) if n_bytes < 999.95 * 1000**p), 5)  # 1000.0 has the next unit
     return f"{n_bytes / 1000**power:.1f} {' kMGTP'[power]}B"
 
 

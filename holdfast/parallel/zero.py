@@ -210,6 +210,7 @@ class ZeroEngine:
             parameter.data, parameter.grad = torch.empty(0), None
         self._slices, self._optimizer, self._sharding = (), None, None  # type: ignore[assignment]  # closed for good
         del engine, parameter
+        torch.zeros((), requires_grad=True).backward()  # ends one that a fault interrupted, and with it its activations
         _forget_engines()
         gc.collect()
 

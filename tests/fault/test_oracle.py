@@ -103,5 +103,7 @@ def test_a_keeper_killed_beside_living_workers_costs_no_step(
 ) -> None:
     result = train(tiny_config(tmp_path, corpus, steps=_STEPS, faults=["keeper_sigkill node=1 step=4"]))
     assert result.exit_code == 0
+    (fault,) = events_of(result.run_dir, "fault_detected")
+    assert (fault["node"], fault["ranks"]) == (1, [])
     assert all(e["steps_lost"] <= 1 for e in events_of(result.run_dir, "recovery_done"))
     assert reference.of(2, Precision.FP32).differences(outcome_of(result.run_dir)) == []

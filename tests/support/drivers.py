@@ -21,12 +21,12 @@ import psutil
 from holdfast.configs.plain import to_plain
 from holdfast.configs.schema import RunConfig
 
-__all__ = ["DEADLINE_S", "Driver", "at_step", "options_of", "records", "run_dirs", "sound_record", "steps_of", "until"]
+__all__ = ["Driver", "at_step", "await_event", "options_of", "records", "run_dirs", "sound_record", "steps_of", "until"]
 
-DEADLINE_S = 60.0
+_DEADLINE_S = 60.0
 
 
-def until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S) -> Any:
+def until(condition: Callable[[], Any], what: str, within_s: float = _DEADLINE_S) -> Any:
     """Wait for something; what it returned."""
     end = time.monotonic() + within_s
     while not (found := condition()):
@@ -68,6 +68,16 @@ def sound_record(run_dir: Path) -> dict[str, Any]:
     return record
 
 
+def await_event(root: Path, kind: str, **fields: object) -> None:
+    """Until one of the runs below a root has told of it."""
+
+    def is_told() -> bool:
+        told = (record for run_dir in run_dirs(root) for record in _whole_lines(run_dir / "events.jsonl"))
+        return any(record["event"] == kind and fields.items() <= record.items() for record in told)
+
+    until(is_told, kind)
+
+
 @contextmanager
 def at_step(root: Path, step: int, action: Callable[[], object]) -> Iterator[None]:
     """While a run trains inside the ``with`` block, do something in a thread once it has finished a step."""
@@ -91,9 +101,13 @@ def at_step(root: Path, step: int, action: Callable[[], object]) -> Iterator[Non
 
 
 def _reached(root: Path) -> list[int]:
-    files = [run_dir / "metrics.jsonl" for run_dir in run_dirs(root)]
-    lines = [line for file in files if file.exists() for line in file.read_text().splitlines(keepends=True)]
-    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+    return [record["step"] for run_dir in run_dirs(root) for record in _whole_lines(run_dir / "metrics.jsonl")]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """What a file holds that somebody is writing to."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def options_of(config: RunConfig) -> list[str]:
@@ -116,12 +130,17 @@ def _word(value: object) -> str:
 class Driver:
     """``holdfast train`` in a session of its own, as a terminal or a scheduler would start it."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, temporary: Path | None = None) -> None:
         command = [str(Path(sys.executable).with_name("holdfast")), "train", *options_of(config)]
         assert shutil.which(command[0]), f"{command[0]} is not installed"
         self.root = Path(config.root)
         self._process = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "TMPDIR": str(temporary)} if temporary else None,
         )
 
     @property
@@ -147,14 +166,14 @@ class Driver:
 
     def await_end(self) -> tuple[int, str]:
         """Exit code and everything it said."""
-        said, _ = self._process.communicate(timeout=DEADLINE_S)
+        said, _ = self._process.communicate(timeout=_DEADLINE_S)
         return self._process.returncode, said
 
     def close(self) -> None:
         """End whatever is left, by number."""
         for pid in self.family():
             os.kill(pid, signal.SIGKILL)
-        self._process.communicate(timeout=DEADLINE_S)
+        self._process.communicate(timeout=_DEADLINE_S)
 
 
 def _belongs_to(process: psutil.Process, session: int) -> bool:

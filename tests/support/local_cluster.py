@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -138,6 +139,7 @@ def _run(pipe: Connection, member: Member, body: Callable[..., Any], args: bytes
     os.dup2(log, 1)
     os.dup2(log, 2)
     warnings.simplefilter("error", append=True)
+    gc.freeze()  # collecting what the server imported would copy every page of it
     faulthandler.dump_traceback_later(member.deadline_s - 1.0)
     try:
         answer = pickle.dumps((body(member, *pickle.loads(args)), ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,8 +21,6 @@ from tests.support.local_cluster import Member
 __all__ = ["BLOCK", "Plain", "Ragged", "Setup", "copy_of", "join", "put_back", "ragged_steps", "text", "whole_state"]
 
 BLOCK = 64
-_LR = 0.01
-
 _SHAPES = [(37, 29), (300,), (7,), (513, 3), (1,), (64, 16), (5, 5, 5), (65,)]
 """Elements: 1073, 300, 7, 1539, 1, 1024, 125, 65. One is a multiple of the block."""
 
@@ -78,6 +76,10 @@ class Setup:
     precision: Precision = Precision.FP32
     optimizer: OptimName = OptimName.ADAMW8BIT
     is_ragged: bool = True
+    """A model with known gradients, or a decoder."""
+    d_model: int = 48
+    """Of the decoder."""
+    lr: float = 0.01
     accumulation: int = 2
     grad_clip: float = 0.0
     bucket_elements: int = 1000
@@ -86,13 +88,16 @@ class Setup:
     def model(self) -> nn.Module:
         if self.is_ragged:
             return Ragged()
-        decoder = Decoder(ModelConfig(d_model=48, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=80, max_seq_len=64))
+        shape = ModelConfig(
+            d_model=self.d_model, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=2 * self.d_model, max_seq_len=64
+        )
+        decoder = Decoder(shape)
         initialise(decoder, 0)
         return decoder
 
     @property
     def config(self) -> OptimConfig:
-        return OptimConfig(name=self.optimizer, lr=_LR, block_size=BLOCK, min_8bit_size=256, weight_decay=0.1)
+        return OptimConfig(name=self.optimizer, lr=self.lr, block_size=BLOCK, min_8bit_size=256, weight_decay=0.1)
 
     def groups(self, model: nn.Module) -> list[dict[str, object]]:
         return optim.parameter_groups(model.named_parameters(), self.config)
@@ -131,7 +136,7 @@ def ragged_steps(engine: ZeroEngine, setup: Setup, steps: range) -> list[tuple[f
         for _ in range(setup.accumulation):
             loss = engine.loss(tokens, tokens)
             engine.backward(loss)
-        found.append((float(loss.detach()), engine.update(_LR)))
+        found.append((float(loss.detach()), engine.update(setup.lr)))
     return found
 
 
@@ -207,7 +212,3 @@ class Plain:
             yield f"{name}/master", master.detach()
             for kept in optim.describe_state(self._optimizer, master):
                 yield f"{name}/{kept.key}", kept.tensor
-
-
-def other_stage(setup: Setup, stage: int) -> Setup:
-    return replace(setup, stage=stage)

@@ -204,3 +204,12 @@ def test_a_deadline_holds_for_all_that_are_asked(desk: _Desk) -> None:
     desk.calls.expire(99.0)
     assert desk.gathered == []
     assert [(a.target, a.error) for a in desk.answers] == [(_B, "no answer before the deadline")]
+
+
+def test_what_the_driver_has_overslept_is_no_lateness_of_others(desk: _Desk) -> None:
+    desk.ask(_A, "hello", deadline_s=10.0)
+    desk.calls.forgive(100.0)
+    desk.calls.expire(109.0)
+    assert desk.answers == []
+    desk.calls.expire(111.0)
+    assert [a.error for a in desk.answers] == ["no answer before the deadline"]

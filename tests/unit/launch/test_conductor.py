@@ -70,9 +70,10 @@ class _Fleet:
     ``run_epoch`` is answered when the story, an abort or a stop ends the epoch. Looking at it lets time pass."""
 
     def __init__(self, clock: FakeClock) -> None:
-        self.clock, self.story = clock, iter(())
+        self.clock = clock
+        self.story: Story = iter(())
         self.log: list[tuple[str, Address]] = []
-        """Every call, start, kill and release, by name and target."""
+        """Every call, start, SIGKILL and release, by name and target."""
         self.sent: list[_Sent] = []
         self.kills: list[tuple[Address, float]] = []
         self.held_back: set[tuple[Address, str]] = set()
@@ -127,7 +128,7 @@ class _Fleet:
 
     def kill(self, target: Address) -> None:
         if target in self.alive:
-            self.log.append(("kill", target))
+            self.log.append(("SIGKILL", target))
             self.kills.append((target, self.clock.now()))
         self._remove(target)
 
@@ -173,6 +174,8 @@ class _Fleet:
         return checkpoint.write_rank(open_storage(uri), directory, rank, data=[b"state"], manifest=b"manifest")
 
     def _fence(self, node: int, epoch: int) -> None: ...
+
+    def _kill(self, node: int, pid: int) -> None: ...
 
     def _quarantine(self, node: int, rank: int, version: int) -> None:
         self.memory[rank].pop(version, None)
@@ -315,10 +318,10 @@ class _Run:
         end = self.clock.now() + seconds
         return self.until(lambda: self.clock.now() >= end)
 
-    def training(self, epoch: int) -> Story:
+    def training(self, epoch: int, pause_s: float = 0.5) -> Story:
         """Until every rank is in the epoch and has been seen there."""
         yield from self.until(lambda: self.fleet.trains(epoch))
-        yield from self.pause(0.5)
+        yield from self.pause(pause_s)
 
     def causes(self) -> list[str]:
         return [e.cause for e in self.events.events if isinstance(e, FaultDetected)]
@@ -409,7 +412,7 @@ def test_the_plans_of_an_epoch_differ_in_the_rank_alone_and_meet_where_nobody_wa
 
     def story() -> Story:
         for epoch in (1, 2, 3):
-            yield from run.until(lambda epoch=epoch: run.fleet.trains(epoch))
+            yield from run.training(epoch, pause_s=0.0)
             plans = run.fleet.plans(epoch).values()
             assert sorted(plan["rank"] for plan in plans) == [0, 1]
             (shared,) = {json.dumps({**plan, "rank": None}, sort_keys=True) for plan in plans}
@@ -471,9 +474,10 @@ def test_an_error_in_a_worker_is_a_fault_and_a_fresh_process_takes_its_place(run
     assert (verdict.outcome, verdict.faults, verdict.steps_lost) == ("finished", 1, 0)
     assert run.causes() == ["ValueError: boom\nTraceback"]
     assert [target for target, _ in run.fleet.kills] == [_worker(1)]
-    after = run.fleet.log[run.fleet.log.index(("kill", _worker(1))) :]
+    assert [(s.target, s.args) for s in run.fleet.sent if s.method == "kill"] == [(_keeper(1), (1001,))]
+    after = run.fleet.log[run.fleet.log.index(("SIGKILL", _worker(1))) :]
     assert after[:5] == [
-        ("kill", _worker(1)),
+        ("SIGKILL", _worker(1)),
         ("fence", _keeper(0)),
         ("fence", _keeper(1)),
         ("abort", _worker(0)),
@@ -523,7 +527,7 @@ def test_a_worker_that_fails_on_its_way_into_an_epoch_is_replaced(run: _Run, met
 
     assert run.play(story).faults == 1
     assert set(run.fleet.plans(run.fleet.epoch)) == {_worker(0), _worker(2)}
-    assert run.fleet.count("kill", _worker(1)) == (form == "error")
+    assert run.fleet.count("SIGKILL", _worker(1)) == (form == "error")
 
 
 def test_a_damaged_copy_is_quarantined_at_the_keeper_of_its_rank(run: _Run) -> None:
@@ -832,6 +836,7 @@ def test_a_run_whose_budget_is_used_up_is_saved_because_its_state_is_good(tmp_pa
     verdict = run.play(story)
     assert (verdict.outcome, verdict.exit_code, verdict.step, verdict.faults) == ("failed", 1, 6, 1)
     assert run.on_disk() == [6]
+    assert [target for method, target in run.fleet.log if method == "release"] == [_worker(0)]
 
 
 def test_without_one_keeper_nothing_is_saved_at_the_end(tmp_path: Path) -> None:
@@ -846,6 +851,25 @@ def test_without_one_keeper_nothing_is_saved_at_the_end(tmp_path: Path) -> None:
     verdict = run.play(story)
     assert (verdict.outcome, verdict.exit_code, verdict.step, verdict.saved) == ("failed", 1, 6, -1)
     assert run.on_disk() == [] and "persist" not in run.fleet.methods()
+    assert len(run.fleet.methods("inventory")) == _WORLD  # at the start only
+
+
+def test_the_last_steps_are_heard_although_nothing_is_saved(tmp_path: Path) -> None:
+    run = _Run(tmp_path, recovery=RecoveryConfig(max_failures=0))
+
+    def story() -> Story:
+        yield from run.training(1)
+        run.fleet.train(6)
+        yield from run.pause(0.5)
+        run.fleet.held_back.add((_keeper(0), "pulse"))
+        yield from run.pause(0.5)
+        run.fleet.train(7)
+        run.fleet.die(_keeper(1))
+        yield
+        run.fleet.held_back.clear()
+
+    assert run.play(story).step == 7
+    assert run.steps == [6, 7]
 
 
 def test_a_state_that_restarting_does_not_help_is_not_saved(tmp_path: Path) -> None:

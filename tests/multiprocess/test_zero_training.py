@@ -1,0 +1,127 @@
+"""A decoder trained by the sharded engine learns what one plain process learns, and can be given other weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdfast.errors import InvariantViolation
+from holdfast.optim.config import OptimName
+from holdfast.trainer.model import Decoder, initialise
+from holdfast.types import Precision
+from tests.support.local_cluster import LocalCluster, Member
+from tests.support.zero_engines import Plain, Setup, join, text
+
+_CLUSTER = LocalCluster(deadline_s=50.0)
+_STEPS, _BATCH, _CLIP = 6, 12, 0.5
+
+each_layout = pytest.mark.parametrize(
+    ("stage", "precision", "world"),
+    [
+        (0, Precision.FP32, 2),
+        (1, Precision.FP32, 3),
+        (2, Precision.FP32, 2),
+        (3, Precision.FP32, 3),
+        (0, Precision.BF16, 3),
+        (1, Precision.BF16, 2),
+        (2, Precision.BF16, 3),
+        (3, Precision.BF16, 2),
+    ],
+)
+
+
+def _setup(stage: int, precision: Precision, accumulation: int) -> Setup:
+    return Setup(
+        stage,
+        precision,
+        OptimName.ADAMW,
+        is_ragged=False,
+        lr=1e-3,
+        accumulation=accumulation,
+        grad_clip=_CLIP,
+        bucket_elements=5000,
+    )
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    steps: list[tuple[float, float]]
+    """This rank's mean loss, and the norm, of each step."""
+    weights: dict[str, Tensor]
+    loss_of_others: float
+    others: dict[str, Tensor]
+    """Gathered after other masters were put in."""
+
+
+def _learn(member: Member, setup: Setup, others: dict[str, Tensor]) -> _Lesson:
+    comm = join(member)
+    engine = setup.build()
+    share, steps = _BATCH // member.world, []
+    for step in range(_STEPS):
+        tokens, targets = (drawn[share * member.rank :][:share] for drawn in text(step, batch=_BATCH))
+        losses = []
+        for micro in range(setup.accumulation):
+            if micro < setup.accumulation - 1:
+                with pytest.raises(InvariantViolation, match=f"needs {setup.accumulation} microbatches"):
+                    engine.update(setup.lr)
+            size = share // setup.accumulation
+            loss = engine.loss(tokens[micro * size :][:size], targets[micro * size :][:size])
+            losses.append(float(loss.detach()))
+            engine.backward(loss)
+        steps.append((sum(losses) / len(losses), engine.update(setup.lr)))
+    weights = engine.full_weights()
+
+    for held in engine.slices():
+        name, _, key = held.spec.name.rpartition("/")
+        if key == "master":
+            held.tensor.copy_(others[name].view(-1)[held.spec.start : held.spec.stop])
+    engine.refresh()
+    with engine.evaluating():
+        loss_of_others = float(engine.loss(*text(99)))
+    lesson = _Lesson(steps, weights, loss_of_others, engine.full_weights())
+    engine.close()
+    comm.close()
+    return lesson
+
+
+def _other_weights() -> dict[str, Tensor]:
+    decoder = cast(Decoder, _setup(0, Precision.FP32, 1).model())
+    initialise(decoder, 1)
+    return {name: weight.detach() for name, weight in decoder.named_parameters()}
+
+
+@each_layout
+def test_training_equals_one_plain_process(stage: int, precision: Precision, world: int) -> None:
+    """Losses and norms before clipping to five digits in fp32, with accumulated gradients against one big batch; in
+    bf16 to three, because its gradients are rounded in another order."""
+    plain = Plain(_setup(stage, precision, 1))
+    want = [plain.step([text(step, batch=_BATCH)]) for step in range(_STEPS)]
+    assert all(norm > _CLIP for _, norm in want), "nothing was clipped: this test shows less than it says"
+
+    others = _other_weights()
+    lessons = _CLUSTER.run(_learn, world, _setup(stage, precision, _BATCH // world // 2), others)
+
+    tolerance = 1e-5 if precision is Precision.FP32 else 2e-3
+    for step, (loss, norm) in enumerate(want):
+        mean = sum(lesson.steps[step][0] for lesson in lessons) / world
+        assert mean == pytest.approx(loss, rel=tolerance)
+        norms = {lesson.steps[step][1] for lesson in lessons}
+        assert len(norms) == 1 and norms.pop() == pytest.approx(norm, rel=10 * tolerance)
+    for name, weight in plain.weights().items():
+        far = (lessons[0].weights[name] - weight).abs() > 1e-4
+        assert precision is Precision.BF16 or far.float().mean() < 0.01, name
+
+    # Other masters become the weights that train, on every rank.
+    other = _setup(stage, precision, 1).model()
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            weight.copy_(others[name])
+        dtype = torch.float32 if precision is Precision.FP32 else torch.bfloat16
+        loss_of_others = float(other.to(dtype)(*text(99)))
+    assert [lesson.loss_of_others for lesson in lessons] == [pytest.approx(loss_of_others, rel=tolerance)] * world
+    assert all(torch.equal(lessons[0].others[name], others[name]) for name in others)
+    assert lessons[0].others.keys() == others.keys()

@@ -123,7 +123,10 @@ class ZeroEngine:
         _cut_on_blocks(options.block_size, self.world)
         with _quiet():
             self._engine: Any = deepspeed.initialize(
-                model=model, optimizer=self._optimizer, config=_config(options), dist_init_required=False
+                model=model,
+                optimizer=self._optimizer,
+                config=_config(options, sum(p.numel() for p in model.parameters())),
+                dist_init_required=False,
             )[0]
         self._sharding = sharding_of(self._engine.optimizer, options.stage, names)
         with self._seated() as flats:
@@ -273,8 +276,10 @@ _reduce_scatter = ds_stage3.reduce_scatter_coalesced
 # -- DeepSpeed's settings, noise and memory ---------------------------------------------------------------------------
 
 
-def _config(options: ZeroOptions) -> dict[str, Any]:
+def _config(options: ZeroOptions, elements: int) -> dict[str, Any]:
     is_bf16 = options.precision is Precision.BF16
+    # DeepSpeed allocates whole buckets, of an even size, however small the model is.
+    bucket = min(options.bucket_elements, elements) // 2 * 2 + 2
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": options.micro_batch,
         "gradient_accumulation_steps": options.accumulation,
@@ -284,8 +289,8 @@ def _config(options: ZeroOptions) -> dict[str, Any]:
         "bf16": {"enabled": is_bf16},
         "zero_optimization": {
             "stage": options.stage,
-            "reduce_bucket_size": options.bucket_elements,
-            "allgather_bucket_size": options.bucket_elements,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             "overlap_comm": torch.cuda.is_available(),
             "stage3_param_persistence_threshold": _PERSISTENT_ELEMENTS,
         },

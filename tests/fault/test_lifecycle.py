@@ -232,19 +232,19 @@ def test_a_second_signal_leaves_at_once(
 def test_a_killed_driver_takes_its_processes_with_it_and_the_next_one_continues(
     tmp_path: Path, corpus: Path, reference: Outcome, driver: Callable[..., Driver]
 ) -> None:
-    config = _config(tmp_path, corpus, persist_every=2)
+    config = _config(tmp_path, corpus, persist_every=4, faults=["hang rank=1 step=9"])
     run = driver(config)
-    run.await_step(5)
-    await_event(tmp_path, "checkpoint_written", step=4)
+    run.await_step(9)
+    await_event(tmp_path, "checkpoint_written", step=8)
     assert len(run.family()) >= 6  # driver, fork server, two keepers, two workers
     run.signal(signal.SIGKILL)
     until(lambda: run.family() == [], "the end of all processes", within_s=10)
     (run_dir,) = run_dirs(tmp_path)
+    config.chaos.faults = []
     resumed = train(config)
     assert (resumed.run_dir, resumed.exit_code) == (run_dir, 0)
     (plan,) = events_of(run_dir, "recovery_planned")
-    assert plan["source"] == "disk"
-    assert plan["version"] >= 4
+    assert (plan["source"], plan["version"]) == ("disk", 8)
     record = sound_record(run_dir)
     assert record["attempts"][0]["ended"] is None  # nobody was left to note it
     assert reference.differences(outcome_of(run_dir)) == []
@@ -262,10 +262,11 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
         await_event(root, "checkpoint_written", step=5)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with at_step(root, 7, stop):
-        result = train(_config(root, corpus, persist_every=5))
-    assert result.exit_code == 75
-    assert len(_checkpoints(result.run_dir)) == 2
+    with at_step(root, 6, stop):
+        result = train(_config(root, corpus, persist_every=5, faults=["hang rank=0 step=6"], stop_grace_s=0.5))
+    assert (result.exit_code, result.step) == (75, 6)
+    assert "had not stopped after 0.5 s" in result.reason
+    assert [folder.name for folder in _checkpoints(result.run_dir)] == ["step-00000005", "step-00000006"]
     return root
 
 
@@ -501,15 +502,16 @@ def test_a_node_that_dies_with_its_memory_falls_back_to_disk_and_says_what_that_
         for address in (_keeper(1), Address(Role.WORKER, 1)):
             os.kill(pid_of(address), signal.SIGKILL)
 
+    config = _config(tmp_path, corpus, persist_every=5, faults=["hang rank=0 step=8"], abort_after_s=0.5)
     with at_step(tmp_path, 8, kill_node):
-        result = train(_config(tmp_path, corpus, persist_every=5))
+        result = train(config)
     assert result.exit_code == 0
     (plan,) = events_of(result.run_dir, "recovery_planned")
-    assert (plan["source"], plan["version"] % 5) == ("disk", 0)
+    assert (plan["source"], plan["version"]) == ("disk", 5)
+    assert any("not complete at rank 1" in reason for reason in plan["rejected"])
     (done,) = events_of(result.run_dir, "recovery_done")
-    steps = steps_of(result.run_dir, attempt=1)
-    repeated = len(steps) - len(set(steps))
-    assert done["steps_lost"] == repeated >= 1
+    assert done["steps_lost"] == 3
+    assert steps_of(result.run_dir, attempt=1) == [*range(1, 9), *range(6, _STEPS + 1)]
     assert reference.differences(outcome_of(result.run_dir)) == []
 
 

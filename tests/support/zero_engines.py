@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -18,7 +19,18 @@ from holdfast.trainer.model import Decoder, initialise
 from holdfast.types import Precision, SliceSpec, StateSlice
 from tests.support.local_cluster import Member
 
-__all__ = ["BLOCK", "Plain", "Ragged", "Setup", "copy_of", "join", "put_back", "ragged_steps", "text", "whole_state"]
+__all__ = [
+    "BLOCK",
+    "Plain",
+    "Setup",
+    "copy_of",
+    "join",
+    "live_bytes",
+    "put_back",
+    "ragged_steps",
+    "text",
+    "whole_state",
+]
 
 BLOCK = 64
 _SHAPES = [(37, 29), (300,), (7,), (513, 3), (1,), (64, 16), (5, 5, 5), (65,)]
@@ -49,7 +61,7 @@ class _Part(nn.Module):
         return (self.weight * self.gradient(step).to(self.weight.dtype)).float().sum()
 
 
-class Ragged(nn.Module):
+class _Ragged(nn.Module):
     """Parameters of awkward sizes, with gradients that are known beforehand."""
 
     def __init__(self) -> None:
@@ -87,7 +99,7 @@ class Setup:
 
     def model(self) -> nn.Module:
         if self.is_ragged:
-            return Ragged()
+            return _Ragged()
         shape = ModelConfig(
             d_model=self.d_model, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=2 * self.d_model, max_seq_len=64
         )
@@ -122,9 +134,10 @@ class Setup:
         )
 
 
-def join(member: Member, name: str = "epoch") -> TorchCommunicator:
+def join(member: Member, name: str = "epoch", *, world: int = 0) -> TorchCommunicator:
+    """Collective. ``world`` is all ranks unless it is given."""
     return TorchCommunicator.join(
-        member.rendezvous(name), rank=member.rank, world=member.world, backend="gloo", timeout_s=20.0
+        member.rendezvous(name), rank=member.rank, world=world or member.world, backend="gloo", timeout_s=20.0
     )
 
 
@@ -169,6 +182,14 @@ def whole_state(held: Sequence[Sequence[tuple[SliceSpec, Tensor]]]) -> dict[str,
     for name, count in counts.items():
         assert int(count.min()) == int(count.max()) >= 1, f"{name}: {count.tolist()}"
     return whole
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python can reach, each storage once. Frozen ones, see ``gc.freeze``, do not count."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if isinstance(o, Tensor)]
+    found += [t.grad for t in found if t.is_leaf and t.grad is not None]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in found)}.values())
 
 
 class Plain:

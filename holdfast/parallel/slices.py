@@ -59,8 +59,8 @@ def pieces_of_partition(sizes: Sequence[tuple[str, tuple[int, ...]]], low: int, 
     pieces, first = list[Piece](), 0
     for name, shape in sizes:
         last = first + _numel(shape)
-        if first < high and last > low:
-            start, stop = max(first, low), min(last, high)
+        start, stop = max(first, low), min(last, high)
+        if start < stop:
             pieces.append(Piece(name, shape, start - first, stop - first, start - low))
         first = last
     return tuple(pieces)

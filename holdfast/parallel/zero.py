@@ -213,7 +213,7 @@ class ZeroEngine:
             parameter.data, parameter.grad = torch.empty(0), None
         self._slices, self._optimizer, self._sharding = (), None, None  # type: ignore[assignment]  # closed for good
         del engine, parameter
-        torch.zeros((), requires_grad=True).backward()  # ends one that a fault interrupted, and with it its activations
+        _end_interrupted_backward()
         _forget_engines()
         gc.collect()
 
@@ -320,6 +320,11 @@ def _forget_engines() -> None:
     for cache in _CACHES:
         cache.cache_clear()
     F.linear = _LINEAR
+
+
+def _end_interrupted_backward() -> None:
+    """torch keeps what is left of it, activations included, until this thread's next one."""
+    torch.autograd.backward(torch.zeros((), requires_grad=True))
 
 
 def _method_caches(cls: type) -> Iterator[Any]:

@@ -31,8 +31,7 @@ class _Pair:
         self.near.connect(self.listener.getsockname())
         self.far = sockets.enter_context(self.listener.accept()[0])
 
-    @property
-    def is_alive(self) -> bool:
+    def carries(self) -> bool:
         self.near.settimeout(5.0)
         try:
             self.far.send(b"x")
@@ -66,9 +65,9 @@ def test_connections_to_an_announced_address_are_shut_down_and_others_are_not(
     sockets.enter_context(right)
     connections = Connections.announced_in(b"key" + _kernel_address(ours.listener) + b"value")
     assert len(connections) == 2  # both ends are in this process; the listening socket is no connection
-    assert ours.is_alive and foreign.is_alive
+    assert ours.carries() and foreign.carries()
     connections.shut_down()
-    assert not ours.is_alive and foreign.is_alive
+    assert not ours.carries() and foreign.carries()
     left.send(b"x")
     assert right.recv(1) == b"x"
     connections.shut_down()
@@ -87,7 +86,7 @@ def test_a_descriptor_that_was_used_again_is_left_alone(family: socket.AddressFa
     for old, new in ((ours.near, other.near), (ours.far, other.far)):
         os.dup2(new.fileno(), old.fileno())
     connections.shut_down()
-    assert other.is_alive
+    assert other.carries()
 
 
 def test_nothing_announced_means_no_connection(sockets: ExitStack) -> None:

@@ -13,7 +13,7 @@ alike. A round's ratio is the median step over that of the plain DDP of the same
 
 Memory is what rank 0's tensors occupy, each storage once, DDP's buckets included: between two steps, and between
 backward and update, when gradients are there too. Activations and what lives only inside an operation are in neither.
-ZeRO 3 keeps a bucket of parallel.bucket_elements fp32 elements whatever the size of the model. What a process keeps
+ZeRO 3 keeps a bucket of parallel.bucket_elements fp32 elements, or as many as the model has. What a process keeps
 once whatever it trains (AdamW8bit: tables of half a megabyte) is not counted.
 """
 

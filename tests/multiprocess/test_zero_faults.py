@@ -1,4 +1,5 @@
-"""A rank is lost in the middle of a step: the others leave it, free everything, and train on in the same process."""
+"""A rank is lost in the middle of a step: the others leave, free everything, and train on, in the same process, with a
+newcomer."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from tests.support.local_cluster import LocalCluster, Member
 from tests.support.zero_engines import Plain, Setup, copy_of, join, live_bytes, ragged_steps, text, whole_state
 
 _CLUSTER = LocalCluster(deadline_s=40.0)
-_SURVIVORS, _STEPS = 2, 3
+_LOST, _NEWCOMER, _WORLD = 2, 3, 3
+_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -33,42 +35,55 @@ class _Escape:
     """Negative: it noticed the loss by itself."""
     closing_s: float
     left_bytes: int
-    state: list[tuple[SliceSpec, Tensor]]
-    """After some steps of the survivors alone."""
 
 
-def _survive(member: Member, setup: Setup, moment: str, fault: int) -> _Escape:
-    comm = join(member)
-    _train(setup.build(), setup).close()
+_State = list[tuple[SliceSpec, Tensor]]
+
+
+def _run(member: Member, setup: Setup, moment: str, fault: int) -> tuple[_Escape | None, _State]:
+    if member.rank == _NEWCOMER:
+        return None, _train_on(member, setup, rank=_LOST)
+    return _escape(member, setup, moment, fault), _train_on(member, setup, rank=member.rank)
+
+
+def _escape(member: Member, setup: Setup, moment: str, fault: int) -> _Escape:
+    comm = join(member, world=_WORLD)
+    _step(setup.build(), setup).close()
     gc.collect()
     gc.freeze()
-    engine = _train(setup.build(), setup)
+    engine = None if moment == "build" else _step(setup.build(), setup)
     comm.all_reduce_sum([0.0])
-    if member.rank == _SURVIVORS:
-        _until(engine, setup, moment)
+    if member.rank == _LOST:
+        if engine is not None:
+            _until(engine, setup, moment)
         os.kill(os.getpid(), fault)
     aborter = _Aborter(comm)
     try:
-        _train(engine, setup)
+        engine = engine or setup.build()
+        _step(engine, setup)
         engine.full_weights()
         raise AssertionError("nothing is broken")
     except RuntimeError as error:
         message, is_known, woken_s = str(error), broken_collective(error), time.monotonic()
-        engine.close()
+        if engine is not None:
+            engine.close()
         comm.close()
         closing_s = time.monotonic() - woken_s
     aborter.join()
     del engine
-    left_bytes = live_bytes()
+    return _Escape(message, is_known, woken_s - aborter.aborted_s, closing_s, live_bytes())
 
-    comm = join(member, "next", world=_SURVIVORS)
+
+def _train_on(member: Member, setup: Setup, *, rank: int) -> _State:
+    """Collective. A fresh engine in the next epoch."""
+    comm = join(member, "next", rank=rank, world=_WORLD)
     ragged = replace(setup, is_ragged=True)
     engine = ragged.build()
     ragged_steps(engine, ragged, range(_STEPS))
     state = copy_of(engine.slices())
     engine.close()
     comm.close()
-    return _Escape(message, is_known, woken_s - aborter.aborted_s, closing_s, left_bytes, state)
+    return state
 
 
 def _until(engine: ZeroEngine, setup: Setup, moment: str) -> None:
@@ -84,7 +99,7 @@ def _until(engine: ZeroEngine, setup: Setup, moment: str) -> None:
         engine.update(setup.lr)
 
 
-def _train(engine: ZeroEngine, setup: Setup) -> ZeroEngine:
+def _step(engine: ZeroEngine, setup: Setup) -> ZeroEngine:
     for _ in range(setup.accumulation):
         engine.backward(engine.loss(*text(0, batch=1)))
     engine.update(setup.lr)
@@ -113,15 +128,16 @@ class _Aborter(threading.Thread):
         (1, "full_weights", signal.SIGKILL),
         (2, "backward", signal.SIGSTOP),
         (2, "update", signal.SIGKILL),
+        (3, "build", signal.SIGSTOP),
         (3, "loss", signal.SIGKILL),
         (3, "backward", signal.SIGSTOP),
         (3, "full_weights", signal.SIGSTOP),
     ],
 )
-def test_survivors_leave_the_step_free_everything_and_train_on(stage: int, moment: str, fault: int) -> None:
+def test_survivors_leave_free_everything_and_train_on_with_a_newcomer(stage: int, moment: str, fault: int) -> None:
     setup = Setup(stage, is_ragged=False)
-    escapes = _CLUSTER.run(_survive, _SURVIVORS + 1, setup, moment, fault, lost={_SURVIVORS})[:_SURVIVORS]
-    for escape in escapes:
+    results = _CLUSTER.run(_run, _WORLD + 1, setup, moment, fault, lost={_LOST})
+    for escape, _ in results[:_LOST]:
         assert escape.is_known, escape.message
         assert escape.after_abort_s < 1.0
         assert escape.closing_s < 1.0
@@ -129,5 +145,5 @@ def test_survivors_leave_the_step_free_everything_and_train_on(stage: int, momen
     plain = Plain(replace(setup, is_ragged=True))
     for step in range(_STEPS):
         plain.step([(torch.full((1, 1), step),) * 2])
-    have, want = whole_state([escape.state for escape in escapes]), plain.state()
+    have, want = whole_state([result[1] for result in results if result is not None]), plain.state()
     assert have.keys() == want.keys() and all(torch.equal(have[name], want[name]) for name in want)

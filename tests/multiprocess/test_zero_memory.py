@@ -94,15 +94,18 @@ def test_bytes_per_rank_are_those_of_the_paper(world: int) -> None:
     """Source: ZeRO, arXiv 1910.02054, section 5.
 
     At most 1 % more: parameters are filled up to whole blocks on each rank, and a bucket holds up to 1000 elements.
-    Besides, stage 2 in fp32 keeps the whole gradient of a parameter that a share cuts at its beginning or end.
+    Besides, stage 2 in fp32 keeps the whole gradient of a parameter that a share cuts at its beginning or end, and
+    a thread of gloo that has had nothing to do since may still hold the last tensor it sent.
     Not less: nothing is kept where this test does not see it.
     """
     largest = max(parameter.numel() for parameter in _SETUPS[0].model().parameters())
     for rank, found in enumerate(_CLUSTER.run(_measure, world)):
         for setup, size_bytes in zip(_SETUPS, found, strict=True):
             want = _expected_bytes(setup, world)
-            cut_bytes = 2 * 4 * largest if (setup.stage, setup.precision) == (2, Precision.FP32) else 0
-            assert 0.999 * want < size_bytes < 1.01 * want + cut_bytes, f"rank {rank}, {setup}: {size_bytes / want}"
+            held = 1 + (2 if (setup.stage, setup.precision) == (2, Precision.FP32) else 0)
+            assert 0.999 * want < size_bytes < 1.01 * want + held * 4 * largest, (
+                f"rank {rank}, {setup}: {size_bytes / want}"
+            )
 
 
 # -- engines that are gone --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from holdfast.errors import InvariantViolation
 from holdfast.optim.config import OptimName
 from holdfast.trainer.model import Decoder, initialise
-from holdfast.types import Precision
+from holdfast.types import Precision, SliceSpec
 from tests.support.local_cluster import LocalCluster, Member
-from tests.support.zero_engines import Plain, Setup, join, text
+from tests.support.zero_engines import Plain, Setup, copy_of, join, text, whole_state
 
 _CLUSTER = LocalCluster(deadline_s=50.0)
 _STEPS, _BATCH, _CLIP = 6, 12, 0.5
@@ -51,6 +52,7 @@ def _setup(stage: int, precision: Precision, accumulation: int) -> Setup:
 class _Lesson:
     steps: list[tuple[float, float]]
     """This rank's mean loss, and the norm, of each step."""
+    state: list[tuple[SliceSpec, Tensor]]
     weights: dict[str, Tensor]
     loss_of_others: float
     others: dict[str, Tensor]
@@ -73,7 +75,7 @@ def _learn(member: Member, setup: Setup, others: dict[str, Tensor]) -> _Lesson:
             losses.append(float(loss.detach()))
             engine.backward(loss)
         steps.append((sum(losses) / len(losses), engine.update(setup.lr)))
-    weights = engine.full_weights()
+    state, weights = copy_of(engine.slices()), engine.full_weights()
 
     for held in engine.slices():
         name, _, key = held.spec.name.rpartition("/")
@@ -82,46 +84,57 @@ def _learn(member: Member, setup: Setup, others: dict[str, Tensor]) -> _Lesson:
     engine.refresh()
     with engine.evaluating():
         loss_of_others = float(engine.loss(*text(99)))
-    lesson = _Lesson(steps, weights, loss_of_others, engine.full_weights())
+    lesson = _Lesson(steps, state, weights, loss_of_others, engine.full_weights())
     engine.close()
     comm.close()
     return lesson
 
 
 def _other_weights() -> dict[str, Tensor]:
+    """So large that their loss is that of no other model."""
     decoder = cast(Decoder, _setup(0, Precision.FP32, 1).model())
     initialise(decoder, 1)
-    return {name: weight.detach() for name, weight in decoder.named_parameters()}
+    return {name: 8 * weight.detach() for name, weight in decoder.named_parameters()}
+
+
+@functools.cache
+def _lessons(stage: int, precision: Precision, world: int) -> list[_Lesson]:
+    return _CLUSTER.run(_learn, world, _setup(stage, precision, _BATCH // world // 2), _other_weights())
+
+
+def _tolerance(precision: Precision) -> float:
+    """Five digits in fp32, hardly three in bf16, where gradients are rounded in another order."""
+    return 1e-5 if precision is Precision.FP32 else 2e-3
 
 
 @each_layout
 def test_training_equals_one_plain_process(stage: int, precision: Precision, world: int) -> None:
-    """Losses and norms before clipping to five digits in fp32, with accumulated gradients against one big batch; in
-    bf16 to three, because its gradients are rounded in another order."""
+    """Losses, and norms before clipping as torch computes them; accumulated gradients against one big batch."""
     plain = Plain(_setup(stage, precision, 1))
     want = [plain.step([text(step, batch=_BATCH)]) for step in range(_STEPS)]
     assert all(norm > _CLIP for _, norm in want), "nothing was clipped: this test shows less than it says"
-
-    others = _other_weights()
-    lessons = _CLUSTER.run(_learn, world, _setup(stage, precision, _BATCH // world // 2), others)
-
-    tolerance = 1e-5 if precision is Precision.FP32 else 2e-3
+    lessons, tolerance = _lessons(stage, precision, world), _tolerance(precision)
     for step, (loss, norm) in enumerate(want):
         mean = sum(lesson.steps[step][0] for lesson in lessons) / world
         assert mean == pytest.approx(loss, rel=tolerance)
         norms = {lesson.steps[step][1] for lesson in lessons}
-        assert len(norms) == 1 and norms.pop() == pytest.approx(norm, rel=10 * tolerance)
-    for name, weight in plain.weights().items():
-        far = (lessons[0].weights[name] - weight).abs() > 1e-4
-        assert precision is Precision.BF16 or far.float().mean() < 0.01, name
+        assert len(norms) == 1 and norms.pop() == pytest.approx(norm, rel=tolerance)
+    # Adam hardly notices the scale of gradients; its first moment shows whether they were clipped.
+    have, state = whole_state([lesson.state for lesson in lessons]), plain.state()
+    for name in (name for name in state if name.endswith("/exp_avg")):
+        assert float((have[name] - state[name]).norm() / state[name].norm()) < 25 * tolerance, name
 
-    # Other masters become the weights that train, on every rank.
-    other = _setup(stage, precision, 1).model()
+
+@each_layout
+def test_other_masters_become_the_weights_that_train_on_every_rank(
+    stage: int, precision: Precision, world: int
+) -> None:
+    lessons, others = _lessons(stage, precision, world), _other_weights()
+    model = _setup(stage, precision, 1).model()
     with torch.no_grad():
-        for name, weight in other.named_parameters():
+        for name, weight in model.named_parameters():
             weight.copy_(others[name])
-        dtype = torch.float32 if precision is Precision.FP32 else torch.bfloat16
-        loss_of_others = float(other.to(dtype)(*text(99)))
-    assert [lesson.loss_of_others for lesson in lessons] == [pytest.approx(loss_of_others, rel=tolerance)] * world
-    assert all(torch.equal(lessons[0].others[name], others[name]) for name in others)
+        loss = float(model.to(torch.float32 if precision is Precision.FP32 else torch.bfloat16)(*text(99)))
+    assert [lesson.loss_of_others for lesson in lessons] == [pytest.approx(loss, rel=_tolerance(precision))] * world
     assert lessons[0].others.keys() == others.keys()
+    assert all(torch.equal(lessons[0].others[name], others[name]) for name in others)

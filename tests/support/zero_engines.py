@@ -134,10 +134,14 @@ class Setup:
         )
 
 
-def join(member: Member, name: str = "epoch", *, world: int = 0) -> TorchCommunicator:
-    """Collective. ``world`` is all ranks unless it is given."""
+def join(member: Member, name: str = "epoch", *, rank: int | None = None, world: int = 0) -> TorchCommunicator:
+    """Collective. As the rank it has in the cluster, with all ranks, unless something else is said."""
     return TorchCommunicator.join(
-        member.rendezvous(name), rank=member.rank, world=world or member.world, backend="gloo", timeout_s=20.0
+        member.rendezvous(name),
+        rank=member.rank if rank is None else rank,
+        world=world or member.world,
+        backend="gloo",
+        timeout_s=20.0,
     )
 
 

@@ -323,7 +323,7 @@ def _forget_engines() -> None:
 
 
 def _end_interrupted_backward() -> None:
-    """torch keeps what is left of it, activations included, until this thread's next one."""
+    """torch keeps the rest of a backward pass that failed, activations included, until this thread starts another."""
     torch.autograd.backward(torch.zeros((), requires_grad=True))
 
 

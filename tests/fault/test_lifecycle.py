@@ -232,7 +232,7 @@ def test_a_second_signal_leaves_at_once(
 def test_a_killed_driver_takes_its_processes_with_it_and_the_next_one_continues(
     tmp_path: Path, corpus: Path, reference: Outcome, driver: Callable[..., Driver]
 ) -> None:
-    config = _config(tmp_path, corpus, persist_every=4, faults=["hang rank=1 step=9"])
+    config = _config(tmp_path, corpus, persist_every=8, faults=["hang rank=1 step=9"])
     run = driver(config)
     run.await_step(9)
     await_event(tmp_path, "checkpoint_written", step=8)

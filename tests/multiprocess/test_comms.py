@@ -311,7 +311,7 @@ def test_other_connections_between_two_ranks_survive_an_abort() -> None:
 
 
 def _fail(member: Member, how: str) -> int:
-    print(f"rank {member.rank} was here")
+    print(f"rank {member.rank} was here", flush=True)
     if member.rank == 1 and how == "raises":
         raise ValueError("on purpose")
     if member.rank == 1 and how == "dies":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import shutil
@@ -345,7 +346,7 @@ class _Sinks(EventSink):
 @contextmanager
 def _driver_log(path: Path) -> Iterator[None]:
     """Send the log of this package, and of nothing else, to the attempt's file."""
-    package, handler = logging.getLogger("holdfast"), logging.FileHandler(path)
+    package, handler = logging.getLogger("holdfast"), _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     before = package.level, package.propagate
     package.addHandler(handler)
@@ -356,4 +357,12 @@ def _driver_log(path: Path) -> Iterator[None]:
     finally:
         package.removeHandler(handler)
         package.level, package.propagate = before
-        handler.close()
+        with contextlib.suppress(OSError):  # what the disk has no room for is lost; the run's end is not
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Leaves out what cannot be written. Its troubles belong neither on the console nor to the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Called where ``emit`` has failed."""

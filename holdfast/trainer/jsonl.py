@@ -36,16 +36,17 @@ class JsonLines:
             self._is_failing = True
 
     def _write(self, line: bytes) -> None:
-        """One ``write`` per line, so that readers and a kill see whole lines; a torn one is closed before the next."""
+        """One ``write`` per line, so that readers and a kill see whole lines. What a full disk has taken only a part of
+        is taken back; what a kill has torn is closed before the next."""
         content = b"\n" + line if self._is_torn else line
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             written = os.write(descriptor, content)
+            if written < len(content):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise OSError(f"only {written} of {len(content)} bytes were written")
         finally:
             os.close(descriptor)
-        if 0 < written < len(content):
-            self._is_torn = True
-            raise OSError(f"only {written} of {len(content)} bytes were written")
         self._is_torn = False
 
 

@@ -388,11 +388,11 @@ def test_a_run_whose_weights_find_no_room_can_be_finished_when_there_is_some(
 ) -> None:
     root, filler = tmp_path / "disk", tmp_path / "disk" / "filler"
     small_disk(root, "3m")
-    config = _config(root, corpus, steps=8)
+    config = _config(root, corpus, steps=60)  # enough for the disk to be full before the last one
     config.data.cache = str(tmp_path / "cache")
     with at_step(root, 3, lambda: _fill_up(filler)):
         result = train(config)
-    assert (result.outcome, result.exit_code, result.step) == ("failed", 1, 8)
+    assert (result.outcome, result.exit_code, result.step) == ("failed", 1, 60)
     assert "the goal is reached, but the weights are not exported: " in result.reason
     assert "No space left on device" in result.reason
     said, complained = capfd.readouterr()
@@ -401,7 +401,7 @@ def test_a_run_whose_weights_find_no_room_can_be_finished_when_there_is_some(
     assert "Logging error" not in complained
     filler.unlink()
     again = train(config)
-    assert (again.outcome, again.exit_code, again.step, again.run_dir) == ("finished", 0, 8, result.run_dir)
+    assert (again.outcome, again.exit_code, again.step, again.run_dir) == ("finished", 0, 60, result.run_dir)
     assert sound_record(result.run_dir)["ended"]["exit_code"] == 0
 
 

@@ -105,13 +105,13 @@ def test_a_line_torn_by_a_kill_is_closed_before_the_next(tmp_path: Path) -> None
     assert path.read_text().splitlines() == ['{"a": 1}', '{"b"', '{"c": 3}', '{"d": 4}']
 
 
-def test_a_line_torn_by_a_full_disk_is_closed_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_full_disk_has_taken_of_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines, write = JsonLines(tmp_path / "m"), os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:4]))
         lines.append({"lost": 1})
     lines.append({"kept": 2})
-    assert (tmp_path / "m").read_text().splitlines() == ['{"lo', '{"kept": 2}']
+    assert (tmp_path / "m").read_text() == '{"kept": 2}\n'
 
 
 def test_a_full_disk_is_logged_once_and_never_raised(

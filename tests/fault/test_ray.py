@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,14 +79,22 @@ def _drive(config: RunConfig, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _await_step(root: Path, step: int, deadline_s: float = 90.0) -> Path:
+def _await(condition: Callable[[], bool], complaint: str, deadline_s: float = 90.0) -> None:
     end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        for metrics in root.glob("*/*/metrics.jsonl"):
-            if any(json.loads(line).get("step", 0) >= step for line in metrics.read_text().splitlines()):
-                return metrics.parent
+    while not condition():
+        assert time.monotonic() < end, f"{complaint} within {deadline_s} s"
         time.sleep(0.1)
-    raise AssertionError(f"step {step} was not finished within {deadline_s} s")
+
+
+def _await_step(root: Path, step: int) -> Path:
+    """The directory of the only run below ``root``, once it has finished ``step``."""
+
+    def is_done() -> bool:
+        lines = [line for metrics in root.glob("*/*/metrics.jsonl") for line in metrics.read_text().splitlines()]
+        return any(json.loads(line).get("step", 0) >= step for line in lines)
+
+    _await(is_done, f"step {step} was not finished")
+    return next(root.glob("*/*/metrics.jsonl")).parent
 
 
 def test_joined_cluster_keeps_running_and_the_detached_keepers_leave_after_their_lease(
@@ -95,12 +103,12 @@ def test_joined_cluster_keeps_running_and_the_detached_keepers_leave_after_their
     config = _on_ray(tiny_config(tmp_path, corpus, steps=400, lease_s=3.0), address=cluster)
     driver = _drive(replace(config, snapshot=replace(config.snapshot, persist_every_steps=2)))
     run_dir = _await_step(tmp_path, 6)
+    _await(lambda: any((run_dir / "checkpoints").glob("step-*/commit.json")), "a checkpoint was not written")
     before = _actors()
     assert len(before) >= 6, "three keepers and three workers"
     driver.send_signal(signal.SIGKILL)
     driver.wait(30)
     assert _gone(before, deadline_s=30.0), "workers die with their driver, keepers when nobody renews their lease"
-    assert list((run_dir / "checkpoints").glob("step-*/commit.json"))
 
 
 def test_sigterm_stops_a_run_on_the_cluster_of_ray_address_after_saving(

@@ -119,10 +119,6 @@ class Crew:
         return [worker for worker in self._workers.values() if worker.rank is None]
 
     @property
-    def ready_spares(self) -> int:
-        return sum(spare.state is WorkerState.IDLE for spare in self.spares)
-
-    @property
     def is_ready(self) -> bool:
         """Every seat has a worker that waits for an epoch."""
         return all(worker is not None and worker.state is WorkerState.IDLE for worker in self._seats)

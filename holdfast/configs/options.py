@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_origin, get_type_hints
 
 from holdfast.configs.schema import RunConfig
 
-__all__ = ["GROUPS", "did_you_mean", "enum_of", "kind_words", "kinds"]
+__all__ = ["GROUPS", "did_you_mean", "enum_of", "kind_words", "kinds", "takes_names"]
 
 GROUPS = ("model", "data", "optim", "parallel", "snapshot", "recovery", "launch", "tracker", "chaos", "experiment")
 """Directories of ready-made options, chosen by ``group=option``."""
@@ -23,6 +23,7 @@ _WORDS: dict[object, str] = {
     str: "text",
     list[float]: "a list of numbers, for example [0.9,0.95]",
     list[str]: 'a list of texts, for example ["one","two"]',
+    dict[str, Any]: "names with values, for example {nesterov: true}",
 }
 
 
@@ -46,6 +47,11 @@ def enum_of(key: str) -> type[Enum] | None:
     """The enum that ``key`` takes a member of, if it takes one."""
     kind = kinds().get(key)
     return kind if isinstance(kind, type) and issubclass(kind, Enum) else None
+
+
+def takes_names(key: str) -> bool:
+    """Whether ``key`` takes names that the schema does not know, as ``optim.options`` does, or is such a name."""
+    return any(get_origin(kinds().get(k)) is dict for k in (key, key.rpartition(".")[0]))
 
 
 def kind_words(key: str) -> str:

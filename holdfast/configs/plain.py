@@ -26,6 +26,8 @@ def _plain(value: object) -> object:
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, Mapping):
+        return {name: _plain(below) for name, below in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -42,11 +44,13 @@ def from_plain(data: Mapping[str, Any]) -> RunConfig:
 
 
 def _read(kind: Any, value: object, path: str, problems: list[str]) -> object:
-    """``kind`` is an annotation of the schema: a dataclass, an enum, a list, or int, float, bool, str."""
+    """``kind`` is an annotation of the schema: a dataclass, an enum, a list, a dict, or int, float, bool, str."""
     if is_dataclass(kind):
         return _read_section(cast(type[Any], kind), value, path, problems)
     if get_origin(kind) is list:
         return _read_list(get_args(kind)[0], value, path, problems)
+    if get_origin(kind) is dict:
+        return _read_names(value, path, problems)
     if issubclass(kind, Enum):
         return _read_member(kind, value, path, problems)
     if kind is float and type(value) is int:
@@ -71,6 +75,16 @@ def _read_list(kind: Any, value: object, path: str, problems: list[str]) -> obje
     if not isinstance(value, Sequence) or isinstance(value, str):
         return _wrong(problems, f"{path}={value!r} must be a list")
     return [_read(kind, v, f"{path}[{i}]", problems) for i, v in enumerate(value)]
+
+
+def _read_names(value: object, path: str, problems: list[str]) -> object:
+    """Names that the schema does not know, each with a single value."""
+    if not isinstance(value, Mapping):
+        return _wrong(problems, f"{path}={value!r} must be a mapping")
+    for name, below in value.items():
+        if not isinstance(name, str) or not (below is None or isinstance(below, (bool, int, float, str))):
+            _wrong(problems, f"{path}.{name}={below!r} must be a name and a number, text, true, false or null")
+    return dict(value)
 
 
 def _read_member(kind: type[Enum], value: object, path: str, problems: list[str]) -> object:

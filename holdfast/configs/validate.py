@@ -20,8 +20,8 @@ from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.board import MAX_BUFFERS
 from holdfast.fault_tolerance.chaos import ChaosFault, Target, parse, parse_all
-from holdfast.optim.config import OptimName
 from holdfast.optim.config import check as check_optim
+from holdfast.optim.config import moment_count
 from holdfast.trainer.config import DataSource
 from holdfast.trainer.sizing import check as check_model
 from holdfast.trainer.sizing import parameter_count
@@ -188,6 +188,16 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 def _optim(config: RunConfig) -> Iterator[str]:
     yield from check_optim(config.optim)
+    for key, reason in _NOT_FOR_TRAINING.items():
+        if key in config.optim.options:
+            yield f"optim.options.{key} {reason}; leave it out"
+
+
+_NOT_FOR_TRAINING = {
+    "percentile_clipping": "looks at one tensor at a time, and shards hold parts of several; use optim.grad_clip",
+    "stochastic_rounding": "is for bfloat16 weights, and the trainer updates fp32 masters",
+    "seed": "is that of stochastic rounding, and the trainer updates fp32 masters",
+}
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -310,10 +320,11 @@ def state_bytes(config: RunConfig) -> int:
     """Bytes of one snapshot of one rank, to about a percent: fp32 master weights and the optimizer's moments.
 
     Gradients and low-precision copies of the weights are made anew and never stored. Tensors that are too small for
-    8-bit moments are not told apart. Source: arXiv 1910.02054, section 5; two codes and two fp32 scales per block.
+    8-bit moments are not told apart. Source: arXiv 1910.02054, section 5; with 8 bits a code per element and moment,
+    and an fp32 scale per block.
     """
-    is_8bit = config.optim.name is OptimName.ADAMW8BIT
-    moments = 2 + 8 / config.optim.block_size if is_8bit else 8
+    moment = 1 + 4 / config.optim.block_size if config.optim.name.is_8bit else 4
+    moments = moment_count(config.optim) * moment
     shards = _world(config) if config.parallel.zero_stage >= 1 else 1
     return math.ceil(parameter_count(config.model) * (4 + moments) / shards)
 
@@ -363,8 +374,8 @@ def _way_out(config: RunConfig) -> str:
     ways = ["choose a smaller model"]
     if config.parallel.zero_stage == 0 and _world(config) > 1:
         ways.append("shard the state with parallel=zero2")
-    if config.optim.name is not OptimName.ADAMW8BIT:
-        ways.append("keep 8-bit moments with optim=adamw8bit")
+    if not config.optim.name.is_8bit and moment_count(config.optim):
+        ways.append(f"keep 8-bit moments with optim={config.optim.name.value}8bit")
     if config.snapshot.buffers > 3:
         ways.append("lower snapshot.buffers to 3")
     if config.snapshot.memory_limit_gb == 0:

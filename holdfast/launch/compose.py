@@ -36,7 +36,7 @@ from omegaconf.errors import (
 )
 
 from holdfast import knobs
-from holdfast.configs.options import GROUPS, did_you_mean, enum_of, kind_words, kinds
+from holdfast.configs.options import GROUPS, did_you_mean, enum_of, kind_words, kinds, takes_names
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError
 
@@ -87,7 +87,7 @@ def hand_over(words: Sequence[str], job: Job | None = None) -> int:
 
     _register()
     hydra_main = hydra.main(version_base=_VERSION, config_path=f"pkg://{_MODULE}", config_name=_MAIN)(task)
-    before, sys.argv = sys.argv, ["holdfast", *map(_with_member_name, words)]  # Hydra reads them from there only
+    before, sys.argv = sys.argv, ["holdfast", *map(_as_hydra_has_it, words)]  # Hydra reads them from there only
     try:
         hydra_main()
     except SystemExit as left:
@@ -185,7 +185,7 @@ class _Search:
     def parse(self, words: Sequence[str]) -> tuple[list[Override], list[str]]:
         """What can be read, and what is wrong with the rest."""
         parser, parsed, problems = OverridesParser.create(), list[Override](), list[str]()
-        for word in map(_with_member_name, words):
+        for word in map(_as_hydra_has_it, words):
             try:
                 parsed.append(parser.parse_override(word))
             except HydraException as error:
@@ -256,7 +256,7 @@ def _value_problems(key: str, value: object) -> Iterator[str]:
     if is_section and isinstance(value, Mapping):
         for name, below in value.items():
             yield from _value_problems(f"{key}.{name}", below)
-    elif not is_section and key not in kinds():
+    elif not is_section and key not in kinds() and not takes_names(key):
         yield _unknown(key)
     elif not _fits(key, value):
         yield f"{key}={_shown(value)} must be {kind_words(key)}"
@@ -290,9 +290,12 @@ def _syntax(word: str, error: HydraException) -> str:
     return f"quote the value, '{key}=\"…\"', if it has other characters than letters and digits ({_line(error)})"
 
 
-def _with_member_name(word: str) -> str:
-    """Members of an enum have upper-case names; in whatever case the user writes them."""
-    key, _, text = word.partition("=")
+def _as_hydra_has_it(word: str) -> str:
+    """Members of an enum have upper-case names, in whatever case the user writes them. Names that the schema does not
+    know are added, with or without a plus."""
+    key, equals, text = word.partition("=")
+    if equals and takes_names(key.lstrip("+")):
+        return f"++{key.lstrip('+')}={text}"
     members = enum_of(key.lstrip("+"))
     names = [name.strip().upper() for name in text.split(",")]
     if members is not None and all(name in members.__members__ for name in names):

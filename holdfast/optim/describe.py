@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
+from holdfast.optim.optimizer import BlockwiseOptimizer
 from holdfast.optim.quantize import codebook_name
-from holdfast.optim.state8bit import MOMENTS
+from holdfast.optim.state8bit import CODES
 from holdfast.types import Quantization
 
 __all__ = ["StateTensor", "describe_state", "load_scalars", "scalars"]
@@ -31,16 +32,14 @@ class StateTensor:
 def describe_state(optimizer: torch.optim.Optimizer, param: Tensor) -> list[StateTensor]:
     """The state tensors of ``param``, in the order they are kept; empty for a frozen parameter without state.
 
-    Works for AdamW8bit and ``torch.optim.AdamW``. Step counts are in ``scalars``.
+    Step counts are in ``scalars``.
 
-    Raises: ConfigurationError for a trainable parameter without state; ``ensure_state`` allocates it.
+    Raises: ConfigurationError for a trainable parameter without state, which ``ensure_state`` allocates, and for an
+    optimizer that is not of this package.
     """
-    block_sizes = {id(p): group.get("block_size") for group in optimizer.param_groups for p in group["params"]}
-    return [
-        StateTensor(key, tensor, _quantization(key, block_sizes.get(id(param))))
-        for key, tensor in _state(optimizer, param).items()
-        if key != "step"
-    ]
+    state = _state(optimizer, param)
+    quantized = _quantizations(optimizer, param)
+    return [StateTensor(key, tensor, quantized.get(key)) for key, tensor in state.items() if key != "step"]
 
 
 def scalars(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, int]:
@@ -61,13 +60,8 @@ def load_scalars(optimizer: torch.optim.Optimizer, param: Tensor, values: Mappin
     have = scalars(optimizer, param)
     if set(values) != set(have):
         raise ConfigurationError(f"optimizer scalars {sorted(values)} do not fit; this state has {sorted(have)}")
-    if not state:
-        return
-    step = int(cast(int, values["step"]))
-    if isinstance(state["step"], Tensor):
-        state["step"].fill_(step)
-    else:
-        state["step"] = step
+    if state:
+        state["step"] = int(cast(int, values["step"]))
 
 
 def _state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Any]:
@@ -81,8 +75,12 @@ def _state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Any]:
     return state
 
 
-def _quantization(key: str, block_size: int | None) -> Quantization | None:
-    moment = key.removesuffix("_codes")
-    if moment == key or block_size is None:
-        return None
-    return Quantization(block_size, codebook_name(MOMENTS[moment]), f"{moment}_absmax")
+def _quantizations(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Quantization]:
+    """How the codes among the state's tensors become numbers."""
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        raise ConfigurationError(f"{type(optimizer).__name__} is unknown here; use an optimizer of holdfast.optim")
+    group = next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))
+    return {
+        moment + CODES: Quantization(group["block_size"], codebook_name(signed), f"{moment}_absmax")
+        for moment, signed in optimizer.rule(group).moments.items()
+    }

@@ -25,7 +25,9 @@ __all__ = [
     "block_count",
     "codebook",
     "codebook_name",
+    "decode_elements",
     "dequantize_blockwise",
+    "encode_elements",
     "quantize_blockwise",
     "zero_code",
 ]
@@ -105,6 +107,20 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool, block_size
     for rows, scale in _with_scale(values, absmax, block_size):
         rows.mul_(scale)
     return values.view(codes.shape)
+
+
+def encode_elements(x: Tensor, absmax: Tensor, signed: bool, *, nonzero: bool = False) -> Tensor:
+    """The codes of ``quantize_blockwise`` where the absmax is known, for elements that are not in the order of blocks.
+
+    Shapes: fp32 ``[n]`` and the absmax of each one's block, fp32 ``[n]``. Returns uint8 ``[n]``.
+    """
+    codes = _nearest(x / torch.where(absmax > 0, absmax, 1.0), _tables(signed, x.device))
+    return torch.maximum(codes, (x > 0).view(torch.uint8)) if nonzero else codes
+
+
+def decode_elements(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """What ``encode_elements`` encoded. Shapes: uint8 ``[n]``, fp32 ``[n]``. Returns fp32 ``[n]``."""
+    return _tables(signed, codes.device).values.index_select(0, codes.int()).mul_(absmax)
 
 
 def _check_block_size(block_size: int) -> None:

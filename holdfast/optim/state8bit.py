@@ -1,98 +1,144 @@
-"""What AdamW8bit keeps per parameter: plain tensors and a step count.
+"""What an optimizer keeps per parameter: plain tensors and a step count.
 
-===================  ===============================================  =========================================
-keys                 8-bit, from ``min_8bit_size`` elements           32-bit, below
-===================  ===============================================  =========================================
-``step``             Python int: updates made                         the same
-first moment         ``exp_avg_codes``, ``exp_avg_absmax``            ``exp_avg``
-second moment        ``exp_avg_sq_codes``, ``exp_avg_sq_absmax``      ``exp_avg_sq``
-===================  ===============================================  =========================================
-
-Codes are uint8 and shaped like the parameter, absmax is fp32 with one entry per block of the row-major flat
-index, 32-bit moments are fp32 and shaped like the parameter. All are contiguous and keep their addresses.
+A moment ``M`` is kept in 32 bits as ``M``, fp32 and shaped like the parameter, or in 8 bits as ``M_codes``, uint8 and
+shaped like the parameter, with ``M_absmax``, fp32 with one entry per block of the row-major flat index, shaped like
+``sharded.block_grid``: ``[d0, d1 / block_size]`` for a matrix whose rows are whole blocks, flat for one whose are not.
+``step`` is a Python int, the number of updates made. Percentile clipping adds ``grad_norms``, fp32 [100]. All tensors
+are contiguous and keep their addresses. State of a ``DTensor`` consists of them: moments and codes are placed like the
+parameter, and so is absmax where shards hold whole blocks; all else is the same on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.optim.quantize import block_count, zero_code
-from holdfast.optim.update import BlockwiseMoments
+from holdfast.optim.quantize import zero_code
+from holdfast.optim.sharded import Per, block_grid, local, new_like, placed_like
 
-__all__ = ["MOMENTS", "ParamState", "blockwise", "copy_state", "is_8bit", "new_state", "state_problems"]
+__all__ = [
+    "CODES",
+    "HISTORY",
+    "ParamState",
+    "copy_state",
+    "is_8bit",
+    "moment_tensors",
+    "new_state",
+    "option_problems",
+    "state_names",
+    "state_problems",
+]
 
 ParamState = dict[str, Any]
 """``step`` is an int, everything else a tensor."""
 
-MOMENTS: Mapping[str, bool] = {"exp_avg": True, "exp_avg_sq": False}
-"""Moment -> whether it is signed."""
+CODES, _ABSMAX = "_codes", "_absmax"
+"""Suffixes of the two tensors of an 8-bit moment."""
+HISTORY = 100
+"""Gradient norms that percentile clipping remembers."""
 
-_Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
-"""Key -> dtype, shape and the value that stands for zero."""
+_Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int, Per]]
+"""Key -> dtype, shape, the value that stands for zero, and what each number belongs to."""
 
 
 def is_8bit(state: Mapping[str, Any]) -> bool:
     """Whether these moments are codes. Decided when the state was made, so that a run never changes its mind."""
-    return "exp_avg_codes" in state
+    return any(key.endswith(CODES) for key in state)
 
 
-def new_state(param: Tensor, group: Mapping[str, Any]) -> ParamState:
+def new_state(param: Tensor, moments: Mapping[str, bool], group: Mapping[str, Any]) -> ParamState:
     """Zero moments on the parameter's device, in the precision its size and group ask for."""
-    layout = _layout(param, param.numel() >= group["min_8bit_size"], group["block_size"])
+    eight_bit = group["bits"] == 8 and param.numel() >= group["min_8bit_size"]
     state: ParamState = {"step": 0}
-    for key, (dtype, shape, zero) in layout.items():
-        state[key] = torch.full(shape, zero, dtype=dtype, device=param.device)
+    for key, (dtype, shape, zero, per) in _layout(param, moments, eight_bit, group).items():
+        state[key] = new_like(param, per, shape, dtype, zero, group["block_size"])
     return state
 
 
-def blockwise(state: ParamState, group: Mapping[str, Any]) -> BlockwiseMoments:
-    """The 8-bit moments as flat views of the state's tensors."""
-    return BlockwiseMoments(
-        state["exp_avg_codes"].view(-1),
-        state["exp_avg_absmax"],
-        state["exp_avg_sq_codes"].view(-1),
-        state["exp_avg_sq_absmax"],
-        group["block_size"],
-        group["nonzero_second_moment"],
-    )
+def state_names(state: Mapping[str, Any], moments: Sequence[str]) -> tuple[str, ...]:
+    """The keys of what an engine writes: the moments in their order, then their absmax."""
+    if not is_8bit(state):
+        return tuple(moments)
+    return (*(name + CODES for name in moments), *(name + _ABSMAX for name in moments))
 
 
-def state_problems(state: Mapping[str, Any], param: Tensor, block_size: int, name: str) -> list[str]:
-    """Why a loaded state does not fit the parameter called ``name``; empty when it does."""
-    layout = _layout(param, is_8bit(state), block_size)
+def moment_tensors(state: Mapping[str, Any], moments: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """What this rank holds of the moments and of their absmax, flat; no absmax for 32-bit moments."""
+    flat = [local(state[name]).view(-1) for name in state_names(state, moments)]
+    return flat[: len(moments)], flat[len(moments) :]
+
+
+def state_problems(
+    state: Mapping[str, Any], param: Tensor, moments: Mapping[str, bool], group: Mapping[str, Any], name: str
+) -> list[str]:
+    """Why a loaded state does not fit the parameter called ``name``; empty when it does.
+
+    Absmax may be flat, as an optimizer of one flat parameter, of an earlier version or of another package has it.
+    """
+    layout = _layout(param, moments, is_8bit(state), group)
     if set(state) != {"step", *layout}:
-        keys, want = ", ".join(sorted(map(str, state))), ", ".join(sorted(["step", *layout]))
-        return [f"the state of {name} has the keys {keys}; AdamW8bit needs {want}"]
+        return [_words_of_keys(state, layout, name)]
+    return _shape_problems(state, param, layout, name)
+
+
+def option_problems(
+    state: Mapping[str, Any], param: Tensor, moments: Mapping[str, bool], group: Mapping[str, Any], name: str
+) -> list[str]:
+    """Why the state that is there will not do for a step, say because an option of the group was changed since."""
+    layout = _layout(param, moments, is_8bit(state), group)
+    if not set(state) >= {"step", *layout}:
+        return [_words_of_keys(state, layout, name)]
+    return _shape_problems(state, param, layout, name)
+
+
+def copy_state(
+    state: Mapping[str, Any], param: Tensor, moments: Mapping[str, bool], group: Mapping[str, Any]
+) -> ParamState:
+    """Collective where a ``DTensor`` among it has to change its placement. Contiguous copies of a state that fits
+    ``param``, on its device and sharded as its state has to be; nothing is cast.
+    """
+    copied: ParamState = {"step": int(state["step"])}
+    layout = _layout(param, moments, is_8bit(state), group)
+    for key in (key for key in state if key != "step"):
+        _, shape, _, per = layout[key]
+        value = state[key] if tuple(state[key].shape) == shape else state[key].reshape(shape)
+        copied[key] = placed_like(value, param, per, group["block_size"])
+    return copied
+
+
+def _layout(param: Tensor, moments: Mapping[str, bool], eight_bit: bool, group: Mapping[str, Any]) -> _Layout:
+    shape, blocks = tuple(param.shape), block_grid(param.shape, group["block_size"])
+    layout: _Layout = {}
+    for moment, signed in moments.items():
+        if eight_bit:
+            layout[moment + CODES] = (torch.uint8, shape, zero_code(signed), Per.ELEMENT)
+            layout[moment + _ABSMAX] = (torch.float32, blocks, 0, Per.BLOCK)
+        else:
+            layout[moment] = (torch.float32, shape, 0, Per.ELEMENT)
+    if group["percentile_clipping"] < HISTORY:
+        layout["grad_norms"] = (torch.float32, (HISTORY,), 0, Per.PARAMETER)
+    return layout
+
+
+def _words_of_keys(state: Mapping[str, Any], layout: _Layout, name: str) -> str:
+    keys, want = ", ".join(sorted(map(str, state))), ", ".join(sorted(["step", *layout]))
+    return f"the state of {name} has the keys {keys}; this optimizer needs {want}"
+
+
+def _shape_problems(state: Mapping[str, Any], param: Tensor, layout: _Layout, name: str) -> list[str]:
     return [
         f"{key} of {name} is {_words(state[key])}; a parameter of shape {list(param.shape)} needs {_kind(dtype, shape)}"
-        for key, (dtype, shape, _) in layout.items()
-        if _words(state[key]) != _kind(dtype, shape)
+        for key, (dtype, shape, _, per) in layout.items()
+        if _words(state[key]) not in (_kind(dtype, shape), _kind(dtype, _flat(shape) if per is Per.BLOCK else shape))
     ]
 
 
-def copy_state(state: Mapping[str, Any], device: torch.device) -> ParamState:
-    """Contiguous copies on ``device``; nothing is cast."""
-    copied: ParamState = {
-        key: value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
-        for key, value in state.items()
-        if key != "step"
-    }
-    return {"step": int(state["step"]), **copied}
-
-
-def _layout(param: Tensor, eight_bit: bool, block_size: int) -> _Layout:
-    shape, blocks = tuple(param.shape), block_count(param.numel(), block_size)
-    if not eight_bit:
-        return dict.fromkeys(MOMENTS, (torch.float32, shape, 0))
-    layout: _Layout = {}
-    for moment, signed in MOMENTS.items():
-        layout[f"{moment}_codes"] = (torch.uint8, shape, zero_code(signed))
-        layout[f"{moment}_absmax"] = (torch.float32, (blocks,), 0)
-    return layout
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (math.prod(shape),)
 
 
 def _words(value: object) -> str:

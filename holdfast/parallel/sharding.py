@@ -118,6 +118,7 @@ class _Partitioned:
                 for weight, part, at in self._shares(number)
             ]
             pieces = tuple(piece for piece in cuts if piece is not None)
+            _clear_padding(master, pieces)
             self.flats.append(Flat(optimizer.sub_group_to_group_id[number], master, pieces))
 
     def _shares(self, number: int) -> Iterator[tuple[Any, int, int]]:
@@ -145,6 +146,15 @@ class _Partitioned:
 
     def clip(self, limit: float) -> Tensor | None:
         return None
+
+
+@torch.no_grad()
+def _clear_padding(master: Tensor, pieces: Sequence[Piece]) -> None:
+    """DeepSpeed leaves what fills up a share uninitialised. With weight decay in its gradient it would reach a moment,
+    and so the scale of the block that it shares with others."""
+    ends = [0, *(piece.at + piece.stop - piece.start for piece in pieces)]
+    for end, start in zip(ends, [*(piece.at for piece in pieces), master.numel()], strict=True):
+        master[end:start].zero_()
 
 
 def _on_rank_0(part: Tensor) -> Tensor | None:

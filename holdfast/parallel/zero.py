@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import InvariantViolation
-from holdfast.parallel.sharding import ParamGroups, pad_to_blocks, sharding_of
+from holdfast.parallel.sharding import Names, ParamGroups, pad_to_blocks, sharding_of
 from holdfast.parallel.slices import Flat, StateTensor, state_slices
 from holdfast.types import Precision, StateSlice
 
@@ -68,6 +68,20 @@ class OptimizerStates(Protocol):
     def load_scalars(
         self, optimizer: torch.optim.Optimizer, param: Tensor, values: Mapping[str, object], /
     ) -> None: ...
+
+    def set_segments(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parts: Mapping[Tensor, Sequence[tuple[int, int, int]]],
+        count: int,
+        total: Callable[[Tensor], Tensor],
+        /,
+    ) -> None:
+        """Say which parameters the optimizer's flat tensors hold: first element, end, and one of ``count`` numbers.
+
+        ``total`` is collective and sums over ranks.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +128,8 @@ class ZeroEngine:
             groups = pad_to_blocks(model, groups, options.block_size)
         names = {id(p): name for name, p in model.named_parameters()}
         self._optimizer = make_optimizer(groups)
-        for group in self._optimizer.param_groups:
-            group["lr"] = 0.0  # DeepSpeed may make a step of its own to allocate state; it must not move anything
         _cut_on_blocks(options.block_size, self.world)
-        with _quiet():
+        with _quiet(), _idle(self._optimizer):
             self._engine: Any = deepspeed.initialize(
                 model=model,
                 optimizer=self._optimizer,
@@ -125,12 +137,10 @@ class ZeroEngine:
                 dist_init_required=False,
             )[0]
         self._sharding = sharding_of(self._engine.optimizer, options.stage, names)
-        with self._seated() as flats:
+        if options.stage > 0:
+            states.set_segments(self._optimizer, _parts(self._sharding.flats, names), len(names), _total)
+        with self._seated():
             states.ensure_state(self._optimizer)
-            for flat in flats:  # a step of DeepSpeed's own does not count
-                states.load_scalars(
-                    self._optimizer, flat.master, dict.fromkeys(states.scalars(self._optimizer, flat.master), 0)
-                )
         self._slices = tuple(self._make_slices())
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -230,6 +240,18 @@ class ZeroEngine:
         finally:
             for group, params in zip(groups, before, strict=True):
                 group["params"] = params
+
+
+def _parts(flats: Sequence[Flat], names: Names) -> dict[Tensor, list[tuple[int, int, int]]]:
+    """Where each flat tensor holds which parameter, numbered as the model has them."""
+    numbers = {name: number for number, name in enumerate(names.values())}
+    return {flat.master: [(p.at, p.at + p.stop - p.start, numbers[p.name]) for p in flat.pieces] for flat in flats}
+
+
+def _total(vector: Tensor) -> Tensor:
+    """Collective. The sum over ranks."""
+    dist.all_reduce(vector)
+    return vector
 
 
 # -- what DeepSpeed has no option for ----------------------------------------------------------------------------------
@@ -333,6 +355,17 @@ def _method_caches(cls: type) -> Iterator[Any]:
 
 _CACHES = tuple(_method_caches(PartitionedParameterCoordinator))
 _LINEAR = F.linear  # stage 3 puts another in its place
+
+
+@contextlib.contextmanager
+def _idle(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, steps do nothing: DeepSpeed makes one to allocate state, and even gradients of 0 move weights that decay,
+    and moments that decay is a part of."""
+    vars(optimizer)["step"] = lambda closure=None: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step"]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 
 from holdfast import failpoints, optim
 from holdfast.fault_tolerance.config import SnapshotConfig
-from holdfast.optim.config import OptimConfig, OptimName
+from holdfast.optim.config import OptimConfig
 from holdfast.optim.schedules import learning_rate
 from holdfast.parallel.comms import TorchCommunicator
 from holdfast.parallel.config import ParallelConfig
@@ -185,7 +185,7 @@ def _build_engine(
     model.to(device)
     return ZeroEngine(
         model,
-        optim.parameter_groups(model.named_parameters(), options.optim),
+        optim.parameter_groups(model, options.optim),
         lambda groups: optim.build_optimizer(options.optim, groups),
         optim,
         ZeroOptions(
@@ -195,7 +195,7 @@ def _build_engine(
             accumulation=accumulation,
             grad_clip=options.optim.grad_clip,
             bucket_elements=options.parallel.bucket_elements,
-            block_size=options.optim.block_size if options.optim.name is OptimName.ADAMW8BIT else 1,
+            block_size=options.optim.block_size if options.optim.name.is_8bit else 1,
         ),
     )
 

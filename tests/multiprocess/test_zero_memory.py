@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.optim.config import OptimName
+from holdfast.optim.config import OptimName, moment_count
 from holdfast.parallel.zero import ZeroEngine
 from holdfast.types import Precision
 from tests.support.local_cluster import LocalCluster, Member
@@ -43,10 +43,10 @@ def _train(engine: ZeroEngine, setup: Setup, steps: int) -> ZeroEngine:
 def _expected_bytes(setup: Setup, world: int) -> float:
     """Bytes per rank between two microbatches of one update.
 
-    ZeRO, arXiv 1910.02054, section 5, with P parameters on N ranks and M bytes of moments per parameter, 8 or, in 8
-    bits with one fp32 absmax for B elements, 2 + 8/B. Weights have w bytes, 4 in fp32 and 2 in bf16, and so have the
-    gradients of stages 0 and 1. Stages 2 and 3 accumulate gradients in fp32. Masters are fp32; only in stage 0 with
-    fp32 the weights are their own. ::
+    ZeRO, arXiv 1910.02054, section 5, with P parameters on N ranks and M bytes of moments per parameter: 4 for each
+    or, in 8 bits with one fp32 absmax for B elements, 1 + 4/B. Weights have w bytes, 4 in fp32 and 2 in bf16, and so
+    have the gradients of stages 0 and 1. Stages 2 and 3 accumulate gradients in fp32. Masters are fp32; only in stage 0
+    with fp32 the weights are their own. ::
 
         stage 0    (w + w + 4 + M) P, in fp32 (4 + 4 + M) P
         stage 1    (w + w + (4 + M) / N) P
@@ -55,7 +55,7 @@ def _expected_bytes(setup: Setup, world: int) -> float:
     """
     sizes = [parameter.numel() for parameter in setup.model().parameters()]
     weight = 4 if setup.precision is Precision.FP32 else 2
-    moments = 8 if setup.optimizer is OptimName.ADAMW else 2 + 8 / BLOCK
+    moments = moment_count(setup.config) * (1 + 4 / BLOCK if setup.optimizer.is_8bit else 4)
     if setup.stage == 0:
         master = 0 if setup.precision is Precision.FP32 else 4
         return (2 * weight + master + moments) * sum(sizes)
@@ -67,12 +67,14 @@ def _expected_bytes(setup: Setup, world: int) -> float:
     return (weight + 8 + moments) / world * sum(sizes) + weight * kept
 
 
-_SETUPS = [
-    Setup(stage, precision, optimizer, is_ragged=False, d_model=128)
+_KINDS = [
+    (stage, precision, optimizer)
     for stage in range(4)
     for precision in Precision
-    for optimizer in OptimName
+    for optimizer in (OptimName.ADAMW8BIT, OptimName.ADAMW)
 ]
+_KINDS += [(2, Precision.FP32, name) for name in (OptimName.LION8BIT, OptimName.SGD, OptimName.ADEMAMIX8BIT)]
+_SETUPS = [Setup(*kind, is_ragged=False, d_model=128) for kind in _KINDS]
 
 
 def _measure(member: Member) -> list[int]:

@@ -64,13 +64,18 @@ class _Part(nn.Module):
 class _Ragged(nn.Module):
     """Parameters of awkward sizes, with gradients that are known beforehand."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_embedding: bool) -> None:
         super().__init__()
         self.parts = nn.ModuleList(_Part(number, shape) for number, shape in enumerate(_SHAPES))
+        self.embedding = optim.StableEmbedding(31, 20, padding_idx=3) if has_embedding else None
 
     def forward(self, tokens: Tensor, _: Tensor) -> Tensor:
         step = int(tokens[0, 0])
-        return torch.stack([part(step) for part in self.parts]).sum()
+        loss = torch.stack([part(step) for part in self.parts]).sum()
+        if self.embedding is None:
+            return loss
+        rows: Tensor = self.embedding(torch.arange(step, step + 5))
+        return loss + (rows * torch.arange(100.0).view(5, 20)).sum()
 
 
 def text(step: int, *, batch: int = 12, length: int = 16) -> tuple[Tensor, Tensor]:
@@ -87,8 +92,13 @@ class Setup:
     stage: int
     precision: Precision = Precision.FP32
     optimizer: OptimName = OptimName.ADAMW8BIT
+    options: tuple[tuple[str, object], ...] = ()
+    """Of the optimizer."""
     is_ragged: bool = True
     """A model with known gradients, or a decoder."""
+    has_embedding: bool = False
+    """The ragged model has a stable embedding, too. Its gradients are equal on all ranks, so that means are exact over
+    two of them."""
     d_model: int = 48
     """Of the decoder."""
     lr: float = 0.01
@@ -99,7 +109,8 @@ class Setup:
 
     def model(self) -> nn.Module:
         if self.is_ragged:
-            return _Ragged()
+            torch.manual_seed(0)
+            return _Ragged(self.has_embedding)
         shape = ModelConfig(
             d_model=self.d_model, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=2 * self.d_model, max_seq_len=64
         )
@@ -109,10 +120,19 @@ class Setup:
 
     @property
     def config(self) -> OptimConfig:
-        return OptimConfig(name=self.optimizer, lr=self.lr, block_size=BLOCK, min_8bit_size=256, weight_decay=0.1)
+        betas = [0.9, 0.95, 0.999] if self.optimizer.kind == "ademamix" else [0.9, 0.95]
+        return OptimConfig(
+            name=self.optimizer,
+            lr=self.lr,
+            betas=betas,
+            block_size=BLOCK,
+            min_8bit_size=256,
+            weight_decay=0.1,
+            options=dict(self.options),
+        )
 
     def groups(self, model: nn.Module) -> list[dict[str, object]]:
-        return optim.parameter_groups(model.named_parameters(), self.config)
+        return optim.parameter_groups(model, self.config)
 
     def build(self) -> ZeroEngine:
         """Collective."""
@@ -129,7 +149,7 @@ class Setup:
                 accumulation=self.accumulation,
                 grad_clip=self.grad_clip,
                 bucket_elements=self.bucket_elements,
-                block_size=BLOCK if self.optimizer is OptimName.ADAMW8BIT else 1,
+                block_size=BLOCK if self.optimizer.is_8bit else 1,
             ),
         )
 
@@ -204,7 +224,12 @@ class Plain:
         if setup.precision is Precision.BF16:
             self.model.to(torch.bfloat16)
         self._masters = {n: nn.Parameter(p.detach().float().clone()) for n, p in self.model.named_parameters()}
-        groups = optim.parameter_groups(self._masters.items(), setup.config)
+        exact = [
+            self._masters[f"{name}.weight"]
+            for name, part in self.model.named_modules()
+            if isinstance(part, optim.StableEmbedding)
+        ]
+        groups = optim.parameter_groups(self._masters.items(), setup.config, exact)
         self._optimizer = optim.build_optimizer(setup.config, groups)
         optim.ensure_state(self._optimizer)
 

@@ -26,7 +26,7 @@ def listing() -> str:
 
 def _flat(section: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
     for name, value in section.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and prefix + name not in kinds():
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

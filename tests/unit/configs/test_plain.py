@@ -31,6 +31,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.builds(cast(type[Any], kind), **{field.name: values_of(types[field.name]) for field in fields(kind)})
     if get_origin(kind) is list:
         return st.lists(values_of(get_args(kind)[0]), max_size=3)
+    if get_origin(kind) is dict:
+        return st.dictionaries(st.text(), st.one_of(st.none(), *_VALUES.values()), max_size=3)
     return st.sampled_from(kind) if issubclass(kind, Enum) else _VALUES[kind]
 
 
@@ -57,6 +59,16 @@ def test_the_plain_form_shares_no_lists_with_the_configuration() -> None:
     assert config.chaos.faults == []
 
 
+def test_the_plain_form_shares_no_names_with_the_configuration() -> None:
+    config = RunConfig()
+    plain: Any = to_plain(config)
+    plain["optim"]["options"]["nesterov"] = True
+    assert config.optim.options == {}
+    read = from_plain(plain).optim.options
+    plain["optim"]["options"].clear()
+    assert read == {"nesterov": True}
+
+
 def test_whole_numbers_are_numbers() -> None:
     plain: Any = to_plain(RunConfig())
     plain["optim"]["lr"] = 1
@@ -77,6 +89,15 @@ def test_whole_numbers_are_numbers() -> None:
         ("optim", "betas", 0.9, "optim.betas=0.9 must be a list"),
         ("optim", "betas", ["a"], "optim.betas[0]='a' must be of type float"),
         ("chaos", "faults", "abc", "chaos.faults='abc' must be a list"),
+        ("optim", "options", [1], "optim.options=[1] must be a mapping"),
+        (
+            *("optim", "options", {"alpha": 0.9, "seed": [1]}),
+            "optim.options.seed=[1] must be a name and a number, text, true, false or null",
+        ),
+        (
+            *("optim", "options", {1: 0.9}),
+            "optim.options.1=0.9 must be a name and a number, text, true, false or null",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_rule(section: str, key: str, value: object, problem: str) -> None:

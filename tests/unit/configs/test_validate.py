@@ -230,6 +230,18 @@ def test_what_only_ray_can_do_is_refused_without_it(key: str, value: Any) -> Non
     assert problem == f"launch.{key}={value!r} is for Ray, and launch=process runs without it; use launch=local"
 
 
+@pytest.mark.parametrize("key", ["percentile_clipping", "stochastic_rounding", "seed"])
+def test_what_the_trainer_would_ignore_or_could_not_shard_is_refused(key: str) -> None:
+    value = {"percentile_clipping": 5, "stochastic_rounding": True, "seed": 3}[key]
+    (problem,) = problems_of(optim__options={key: value})
+    assert problem.startswith(f"optim.options.{key} ") and problem.endswith("; leave it out")
+
+
+def test_options_of_the_optimizer_are_judged_before_anything_starts() -> None:
+    found = problems_of(optim__name=OptimName.SGD, optim__options={"nestorov": True})
+    assert found[0].startswith("optim.options.nestorov is not an argument of sgd; it takes dampening, nesterov, ")
+
+
 def test_two_names_for_one_run_are_refused() -> None:
     assert problems_of(run_id="a", resume="a") == []
     assert problems_of(run_id="a", resume="never") == []
@@ -300,6 +312,35 @@ def test_state_is_master_weights_and_moments_over_the_ranks_that_share_them() ->
     assert state_bytes(changed(launch__nodes=1)) == pytest.approx(6.03125 * count, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "moments"),
+    [
+        ("adam", {}, 2),
+        ("sgd", {}, 1),
+        ("lion", {}, 1),
+        ("rmsprop", {}, 1),
+        ("rmsprop", {"momentum": 0.9, "centered": True}, 3),
+        ("adagrad", {}, 1),
+        ("lamb", {}, 2),
+        ("lars", {}, 1),
+        ("ademamix", {}, 3),
+    ],
+)
+def test_state_counts_the_moments_of_each_optimizer(name: str, options: dict[str, Any], moments: int) -> None:
+    count = parameter_count(RunConfig().model)
+    values = {"optim__options": options, "parallel__zero_stage": 0}
+    assert state_bytes(changed(optim__name=OptimName(name), **values)) == (4 + 4 * moments) * count
+    in_8_bits = state_bytes(changed(optim__name=OptimName(f"{name}8bit"), **values))
+    assert in_8_bits == pytest.approx((4 + moments * (1 + 4 / 256)) * count, abs=1)
+
+
+def test_sgd_without_momentum_keeps_masters_only() -> None:
+    config = changed(optim__name=OptimName.SGD, optim__momentum=0.0, parallel__zero_stage=0)
+    assert state_bytes(config) == 4 * parameter_count(config.model)
+    (problem,) = check(config, Host(1000))
+    assert "8-bit" not in problem
+
+
 def test_snapshots_may_use_half_of_what_is_free() -> None:
     config = RunConfig()
     need = 3 * 3 * state_bytes(config)
@@ -327,6 +368,10 @@ def test_the_way_out_names_what_would_help() -> None:
     (problem,) = check(config, Host(1000))
     for way in ("smaller model", "parallel=zero2", "optim=adamw8bit", "snapshot.buffers", "memory_limit_gb"):
         assert way in problem
+    config.optim.name = OptimName.LION
+    assert "optim=lion8bit" in check(config, Host(1000))[0]
+    config.optim.name = OptimName.LION8BIT
+    assert "8-bit" not in check(config, Host(1000))[0]
 
 
 @pytest.mark.parametrize(("address", "ray_address"), [("auto", ""), ("", "10.0.0.1:6379")])

@@ -116,7 +116,7 @@ def test_each_problem_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) 
 
 def _keys(section: Mapping[str, object], prefix: str = "") -> Iterator[str]:
     for name, value in section.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _keys(value, f"{prefix}{name}.")
         else:
             yield prefix + name
@@ -252,7 +252,7 @@ def test_a_launcher_of_hydra_starts_the_runs(fake: FakeRun, capfd: pytest.Captur
     [
         ("holdfast", "train"),
         ("holdfast tr", "train"),
-        ("holdfast train optim=", "optim=adamw optim=adamw8bit"),
+        ("holdfast train optim=adamw", "optim=adamw optim=adamw8bit"),
         ("holdfast train seed=1 trainer.max", "trainer.max_steps="),
     ],
 )

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+import holdfast.optim
 from holdfast.errors import ConfigurationError
-from holdfast.optim import AdamW8bit, OptimConfig, OptimName, build_optimizer, ensure_state, parameter_groups
+from holdfast.optim import (
+    AdamW8bit,
+    BlockwiseOptimizer,
+    OptimConfig,
+    OptimName,
+    StableEmbedding,
+    build_optimizer,
+    ensure_state,
+    parameter_groups,
+)
+from holdfast.optim.config import moment_count
 
-_BOTH = pytest.mark.parametrize("name", list(OptimName))
+_each_name = pytest.mark.parametrize("name", list(OptimName))
+
+
+def _config(name: OptimName, **values: Any) -> OptimConfig:
+    """Defaults, with a third beta where it is needed."""
+    betas = [0.9, 0.95, 0.999] if name.kind == "ademamix" else [0.9, 0.95]
+    return OptimConfig(name=name, betas=betas, **values)
 
 
 def _network() -> nn.Module:
@@ -17,12 +36,50 @@ def _network() -> nn.Module:
     return nn.Sequential(nn.Embedding(64, 96), nn.Linear(96, 96), nn.LayerNorm(96))
 
 
-def test_matrices_and_embeddings_decay_and_vectors_do_not() -> None:
+def test_matrices_and_embeddings_decay_and_vectors_do_not_and_small_ones_keep_32_bits() -> None:
     network, config = _network(), OptimConfig(weight_decay=0.3)
-    decayed, free = parameter_groups(network.named_parameters(), config)
     names = {id(p): n for n, p in network.named_parameters()}
-    assert [names[id(p)] for p in decayed["params"]] == ["0.weight", "1.weight"] and decayed["weight_decay"] == 0.3
-    assert [names[id(p)] for p in free["params"]] == ["1.bias", "2.weight", "2.bias"] and free["weight_decay"] == 0.0
+    groups = parameter_groups(network, OptimConfig(weight_decay=0.3, min_8bit_size=64 * 96 + 1))
+    assert [[names[id(p)] for p in group["params"]] for group in groups] == [
+        ["1.weight"],
+        ["0.weight"],
+        ["1.bias", "2.weight", "2.bias"],
+    ]
+    assert [(g["weight_decay"], g["bits"], g["min_8bit_size"]) for g in groups] == [
+        (0.3, 8, 0),
+        (0.3, 32, 0),
+        (0.0, 32, 0),
+    ]
+    decayed, free = parameter_groups(network.named_parameters(), config)
+    assert [names[id(p)] for p in decayed["params"]] == ["0.weight", "1.weight"] and decayed["bits"] == 8
+    assert [names[id(p)] for p in free["params"]] == ["1.bias", "2.weight", "2.bias"] and free["bits"] == 32
+
+
+def test_32_bit_optimizers_have_no_group_with_8_bits() -> None:
+    groups = parameter_groups(_network(), OptimConfig(name=OptimName.ADAMW, min_8bit_size=0))
+    assert [group["bits"] for group in groups] == [32, 32]
+
+
+def test_a_model_tells_which_embeddings_keep_32_bits_and_the_caller_may_name_more() -> None:
+    network = nn.ModuleDict(
+        {"stable": StableEmbedding(64, 96), "plain": nn.Embedding(64, 96), "out": nn.Linear(96, 64)}
+    )
+    stable, plain, out = (network[key].weight for key in ("stable", "plain", "out"))
+    config = OptimConfig(min_8bit_size=1024)
+
+    def exact(groups: list[dict[str, Any]]) -> list[nn.Parameter]:
+        return [p for group in groups if group["bits"] == 32 for p in group["params"] if p.ndim == 2]
+
+    def same(found: list[nn.Parameter], *wanted: nn.Parameter) -> bool:
+        return len(found) == len(wanted) and all(a is b for a, b in zip(found, wanted, strict=True))
+
+    assert same(exact(parameter_groups(network, config)), stable)
+    assert same(exact(parameter_groups(network, config, keep_32bit=[out])), stable, out)
+    assert same(exact(parameter_groups(network.named_parameters(), config)))
+    assert same(exact(parameter_groups(network.named_parameters(), config, keep_32bit=[plain])), plain)
+    network["out"].weight = stable  # tied, and then one parameter
+    groups = parameter_groups(network, config)
+    assert same(exact(groups), stable) and sum(len(group["params"]) for group in groups) == 5
 
 
 def test_a_group_without_parameters_is_left_out_and_frozen_ones_belong_to_none() -> None:
@@ -46,18 +103,38 @@ def test_every_option_reaches_the_8_bit_optimizer() -> None:
     assert (group["block_size"], group["min_8bit_size"]) == (512, 7)
 
 
-def test_adamw_is_the_one_of_torch() -> None:
-    config = OptimConfig(name=OptimName.ADAMW, lr=0.1, betas=[0.5, 0.6], eps=1e-3, weight_decay=0.2)
-    optimizer = build_optimizer(config, _network().parameters())
+@_each_name
+def test_a_name_builds_the_class_of_that_name_with_its_options(name: OptimName) -> None:
+    own = {"rmsprop": {"centered": True}, "ademamix": {"alpha": 3.0}, "lars": {"trust_coefficient": 0.1}}
+    options = {"maximize": True, **own.get(name.kind, {})}
+    optimizer = build_optimizer(_config(name, lr=0.1, options=options), _network().parameters())
+    assert type(optimizer) is {c.lower(): getattr(holdfast.optim, c) for c in holdfast.optim.__all__}[name.value]
+    assert isinstance(optimizer, BlockwiseOptimizer)
     (group,) = optimizer.param_groups
-    assert type(optimizer) is torch.optim.AdamW
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.5, 0.6), 1e-3, 0.2)
+    assert group["lr"] == 0.1 and group["bits"] == (8 if name.is_8bit else 32)
+    assert all(group[key] == value for key, value in options.items())
 
 
-@_BOTH
+@_each_name
+def test_the_number_of_moments_is_known_without_the_optimizer(name: OptimName) -> None:
+    """What ``holdfast.configs`` reckons memory with."""
+    every = [{}]
+    if name.kind == "rmsprop":
+        every += [{"momentum": 0.9}, {"centered": True}, {"momentum": 0.9, "centered": True}, {"momentum": 0.0}]
+    for options in every:
+        config = _config(name, options=options)
+        optimizer = build_optimizer(config, _network().parameters())
+        assert moment_count(config) == len(optimizer.rule(optimizer.param_groups[0]).moments)
+    if name in (OptimName.SGD, OptimName.LARS):
+        config = _config(name, momentum=0.0)
+        optimizer = build_optimizer(config, _network().parameters())
+        assert moment_count(config) == len(optimizer.rule(optimizer.param_groups[0]).moments) == 0
+
+
+@_each_name
 def test_unsound_options_build_nothing_and_are_all_reported(name: OptimName) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        build_optimizer(OptimConfig(name=name, lr=-1.0, block_size=1), _network().parameters())
+        build_optimizer(_config(name, lr=-1.0, block_size=1), _network().parameters())
     assert len(caught.value.problems) == 2
 
 
@@ -68,9 +145,9 @@ def _step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> No
     optimizer.step()
 
 
-@_BOTH
+@_each_name
 def test_state_made_up_front_trains_like_state_made_by_the_first_step(name: OptimName) -> None:
-    networks, config = (_network(), _network()), OptimConfig(name=name)
+    networks, config = (_network(), _network()), _config(name)
     eager, lazy = (build_optimizer(config, parameter_groups(n.named_parameters(), config)) for n in networks)
     ensure_state(eager)
     addresses = [v.data_ptr() for s in eager.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
@@ -88,16 +165,6 @@ def test_state_made_up_front_trains_like_state_made_by_the_first_step(name: Opti
         assert eager.state[ours]["step"] == lazy.state[theirs]["step"] == 3
 
 
-@pytest.mark.parametrize("options", [{"amsgrad": True}, {"fused": True}])
-def test_state_of_torch_variants_is_complete(options: dict[str, bool]) -> None:
-    network = _network()
-    optimizer = torch.optim.AdamW(network.parameters(), **options)
-    ensure_state(optimizer)
-    keys = {id(p): set(optimizer.state[p]) for p in network.parameters()}
-    _step(network, optimizer, 0)
-    assert {id(p): set(optimizer.state[p]) for p in network.parameters()} == keys
-
-
 def test_the_state_of_another_optimizer_is_not_guessed() -> None:
-    with pytest.raises(ConfigurationError, match="optimizer SGD is unknown"):
+    with pytest.raises(ConfigurationError, match=r"SGD is unknown here; use an optimizer of holdfast\.optim"):
         ensure_state(torch.optim.SGD(_network().parameters()))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import holdfast.optim
-from holdfast.optim.config import OptimConfig, check, rule_breaks
+from holdfast.optim.config import OptimConfig, OptimName, check, constructor_options, rule_breaks
 
 
 def test_the_defaults_are_sound() -> None:
@@ -46,6 +46,48 @@ def test_all_broken_rules_are_found_together() -> None:
         "optim.block_size",
         "optim.min_lr_ratio",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "problem"),
+    [
+        ("adamw", {"betas": [0.9, 0.99, 0.999]}, "optim.betas=[0.9, 0.99, 0.999] must be 2 numbers for adamw"),
+        ("ademamix8bit", {}, "optim.betas=[0.9, 0.95] must be 3 numbers for ademamix8bit"),
+        ("sgd", {"momentum": 1.0}, "optim.momentum=1.0 must be a number in [0, 1), for example 0.9"),
+        ("sgd8bit", {"momentum": 0.0}, "optim: momentum=0 keeps no state to quantise; set momentum, or take "),
+        ("lars8bit", {"momentum": 0.0}, "optim: momentum=0 keeps no state to quantise; set momentum, or take "),
+        ("sgd", {"momentum": 0.0, "options": {"nesterov": True}}, "optim: nesterov=True needs momentum > 0 and"),
+        ("lars", {"options": {"nesterov": True, "dampening": 0.1}}, "optim: nesterov=True needs momentum > 0 and"),
+        ("rmsprop", {"options": {"momentum": -0.5}}, "optim.options.momentum=-0.5 must be a number in [0, 1)"),
+        ("ademamix", {"betas": [0, 0, 0], "options": {"t_alpha": 0}}, "optim.options.t_alpha=0 must be None or a "),
+        ("lion", {"options": {"eps": 1e-8}}, "optim.options.eps is not an argument of lion; it takes maximize, "),
+        ("adam", {"options": {"betas": [0.9, 0.9]}}, "optim.options.betas is an option of its own; write optim.betas"),
+        ("sgd", {"options": {"momentum": 0.9}}, "optim.options.momentum is an option of its own; write optim.momentum"),
+        ("sgd", {"options": {"bits": 8}}, "optim.options.bits is not an argument of sgd; it takes dampening, nesterov"),
+        ("adamw8bit", {"options": {"percentile_clipping": 101}}, "optim.options.percentile_clipping=101 must be a "),
+    ],
+)
+def test_a_rule_of_one_optimizer_is_told_by_its_name(name: str, values: dict[str, Any], problem: str) -> None:
+    (found,) = check(OptimConfig(name=OptimName(name), **values))
+    assert found.startswith(problem)
+
+
+def test_options_that_an_optimizer_does_not_have_bind_others_only() -> None:
+    for values in ({"betas": [0.9]}, {"momentum": 0.0}):
+        assert check(OptimConfig(name=OptimName.RMSPROP8BIT, **values)) == []
+
+
+def test_an_optimizer_gets_the_arguments_that_it_has() -> None:
+    config = OptimConfig(name=OptimName.SGD8BIT, options={"nesterov": True, "maximize": True})
+    assert constructor_options(config) == {
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "block_size": 256,
+        "min_8bit_size": 4096,
+        "momentum": 0.9,
+        "nesterov": True,
+        "maximize": True,
+    }
 
 
 @pytest.mark.parametrize("value", [None, "fast", [1, 2, 3]])

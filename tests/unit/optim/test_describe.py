@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigurationError
-from holdfast.optim import AdamW8bit, describe_state, ensure_state, load_scalars, scalars
+from holdfast.optim import (
+    AdamW,
+    AdamW8bit,
+    AdEMAMix8bit,
+    Lion8bit,
+    RMSprop8bit,
+    describe_state,
+    ensure_state,
+    load_scalars,
+    scalars,
+)
 from holdfast.types import Quantization
 
-_OPTIMIZERS = pytest.mark.parametrize("make", [AdamW8bit, torch.optim.AdamW])
+_OPTIMIZERS = pytest.mark.parametrize("make", [AdamW8bit, AdamW])
 
 
 def _param(shape: tuple[int, ...] = (64, 80)) -> nn.Parameter:
@@ -38,6 +50,34 @@ def test_codes_name_their_block_size_codebook_and_absmax() -> None:
         ("exp_avg_sq_absmax", None),
     ]
     assert all(entry.tensor is optimizer.state[param][entry.key] for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("make", "signed", "unsigned"),
+    [
+        (Lion8bit, ["exp_avg"], []),
+        (partial(RMSprop8bit, centered=True, momentum=0.9), ["grad_avg", "momentum_buffer"], ["square_avg"]),
+        (AdEMAMix8bit, ["exp_avg", "exp_avg_slow"], ["exp_avg_sq"]),
+    ],
+)
+def test_every_moment_has_the_codebook_of_its_sign(make: Any, signed: list[str], unsigned: list[str]) -> None:
+    param = _param()
+    optimizer = make([param])
+    ensure_state(optimizer)
+    found = {e.key: e.quantization for e in describe_state(optimizer, param) if e.quantization is not None}
+    assert found == {
+        f"{moment}_codes": Quantization(256, f"dynamic-{kind}", f"{moment}_absmax")
+        for kind, moments in (("signed", signed), ("unsigned", unsigned))
+        for moment in moments
+    }
+
+
+def test_an_optimizer_of_another_package_is_not_guessed() -> None:
+    param = _param()
+    optimizer = torch.optim.AdamW([param])
+    _train(param, optimizer, 1)
+    with pytest.raises(ConfigurationError, match=r"AdamW is unknown here; use an optimizer of holdfast\.optim"):
+        describe_state(optimizer, param)
 
 
 @_OPTIMIZERS

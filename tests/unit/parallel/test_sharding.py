@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from holdfast.parallel.sharding import pad_to_blocks
+from holdfast.parallel.sharding import _clear_padding, pad_to_blocks
+from holdfast.parallel.slices import Piece
 
 
 def test_every_parameter_that_ends_inside_a_block_is_followed_by_zeros_up_to_its_end() -> None:
@@ -29,3 +30,14 @@ def test_blocks_of_one_element_need_nothing() -> None:
     groups = [{"params": list(model.parameters())}]
     assert pad_to_blocks(model, groups, 1) == groups
     assert len(list(model.parameters())) == 2
+
+
+def test_what_fills_up_a_share_is_zero_and_no_parameter_is_touched() -> None:
+    master = torch.full((20,), torch.nan)
+    pieces = (Piece("a", (5,), 0, 5, 0), Piece("b", (9,), 2, 6, 8))
+    for piece in pieces:
+        master[piece.at : piece.at + piece.stop - piece.start] = 1.0
+    _clear_padding(master, pieces)
+    assert master.tolist() == [1.0] * 5 + [0.0] * 3 + [1.0] * 4 + [0.0] * 8
+    _clear_padding(master, ())
+    assert not master.any()

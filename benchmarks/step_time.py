@@ -9,7 +9,7 @@ alike. A round's ratio is the median step over that of the plain DDP of the same
   and there are no fp32 masters: fewer bytes, and another arithmetic than every other way has. "DDP, autocast" keeps
   fp32 weights. "fused" is AdamW(fused=True).
 - "no exchange" is the floor: the same model, each rank for itself, nothing sent. Its loss is its own.
-- ZeRO N is Holdfast's ZeroEngine; the optimizer behind the comma is AdamW8bit or torch.optim.AdamW as it comes.
+- ZeRO N is Holdfast's ZeroEngine; the optimizer behind the comma is holdfast.optim.AdamW8bit or AdamW.
 
 Memory is what rank 0's tensors occupy, each storage once, DDP's buckets included: between two steps, and between
 backward and update, when gradients are there too. Activations and what lives only inside an operation are in neither.

@@ -57,7 +57,7 @@ class Plain:
         initialise(model, 0)
         model.to(dtype)
         options, self._autocast = OptimConfig(), autocast
-        groups = optim.parameter_groups(model.named_parameters(), options)
+        groups = optim.parameter_groups(model, options)
         first, second = options.betas
         self._optimizer = torch.optim.AdamW(groups, lr=LR, betas=(first, second), eps=options.eps, fused=fused)
         self._net = DistributedDataParallel(model) if exchange else model
@@ -93,10 +93,10 @@ class Sharded:
         model = Decoder(config)
         initialise(model, 0)
         options = OptimConfig(name=name)
-        block_size = options.block_size if name is OptimName.ADAMW8BIT else 1
+        block_size = options.block_size if name.is_8bit else 1
         self._engine = ZeroEngine(
             model,
-            optim.parameter_groups(model.named_parameters(), options),
+            optim.parameter_groups(model, options),
             lambda groups: optim.build_optimizer(options, groups),
             optim,
             ZeroOptions(stage, precision, batch, 1, options.grad_clip, _BUCKET, block_size),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 __all__ = ["FIELDS", "Coefficients", "adagrad", "adam", "adamw", "ademamix", "lamb", "lars", "lion", "rmsprop", "sgd"]
@@ -51,71 +51,34 @@ FIELDS = tuple(field.name for field in fields(Coefficients))
 
 def adamw(group: Mapping[str, Any], step: int) -> Coefficients:
     """Decoupled weight decay. Source: arXiv 1711.05101, algorithm 2."""
-    lr, beta1, beta2 = _of(group)
-    return Coefficients(
-        grad_scale=_sign(group),
-        decay=1.0 - lr * group["weight_decay"],
-        step_size=lr / (1.0 - beta1**step),
-        beta1=beta1,
-        blend1=1.0 - beta1,
-        beta2=beta2,
-        blend2=1.0 - beta2,
-        eps=group["eps"],
-        root_scale=(1.0 - beta2**step) ** -0.5,
-    )
+    return replace(adam(group, step), l2=0.0, decay=_decay(group))
 
 
 def adam(group: Mapping[str, Any], step: int) -> Coefficients:
     """Weight decay as an L2 term. Source: arXiv 1412.6980, algorithm 1."""
-    lr, beta1, beta2 = _of(group)
-    return Coefficients(
-        grad_scale=_sign(group),
-        l2=group["weight_decay"],
-        step_size=lr / (1.0 - beta1**step),
-        beta1=beta1,
-        blend1=1.0 - beta1,
-        beta2=beta2,
-        blend2=1.0 - beta2,
-        eps=group["eps"],
-        root_scale=(1.0 - beta2**step) ** -0.5,
-    )
+    moments = _moments(group, step)
+    step_size = float(group["lr"]) / (1.0 - moments.beta1**step)
+    return replace(moments, l2=group["weight_decay"], step_size=step_size)
 
 
 def lamb(group: Mapping[str, Any], step: int) -> Coefficients:
     """Without the trust ratio, which multiplies ``step_size``. Source: arXiv 1904.00962, algorithm 2."""
-    lr, beta1, beta2 = _of(group)
-    return Coefficients(
-        grad_scale=_sign(group),
-        step_size=lr,
-        beta1=beta1,
-        blend1=1.0 - beta1,
-        beta2=beta2,
-        blend2=1.0 - beta2,
-        eps=group["eps"],
-        root_scale=(1.0 - beta2**step) ** -0.5,
-        correction=1.0 / (1.0 - beta1**step),
-        weight_decay=group["weight_decay"],
-    )
+    moments = _moments(group, step)
+    correction = 1.0 / (1.0 - moments.beta1**step)
+    return replace(moments, step_size=float(group["lr"]), correction=correction, weight_decay=group["weight_decay"])
 
 
 def ademamix(group: Mapping[str, Any], step: int) -> Coefficients:
     """Source: arXiv 2409.03137, algorithm 1 with the schedules of section 3.1."""
-    lr, (beta1, beta2, _) = float(group["lr"]), group["betas"]
-    beta3, mix = _slow_decay(group, step), _slow_weight(group, step)
-    return Coefficients(
-        grad_scale=_sign(group),
-        decay=1.0 - lr * group["weight_decay"],
-        step_size=lr,
-        beta1=beta1,
-        blend1=1.0 - beta1,
-        beta2=beta2,
-        blend2=1.0 - beta2,
+    moments, beta3 = _moments(group, step), _slow_decay(group, step)
+    return replace(
+        moments,
+        decay=_decay(group),
+        step_size=float(group["lr"]),
         beta3=beta3,
         blend3=1.0 - beta3,
-        eps=group["eps"],
-        root_scale=(1.0 - beta2**step) ** -0.5,
-        correction=1.0 / (1.0 - beta1**step),
-        mix=mix,
+        correction=1.0 / (1.0 - moments.beta1**step),
+        mix=_slow_weight(group, step),
     )
 
 
@@ -137,16 +100,7 @@ def lars(group: Mapping[str, Any], step: int) -> Coefficients:
 
 def lion(group: Mapping[str, Any], step: int) -> Coefficients:
     """Source: arXiv 2302.06675, program 1."""
-    lr, beta1, beta2 = _of(group)
-    return Coefficients(
-        grad_scale=_sign(group),
-        decay=1.0 - lr * group["weight_decay"],
-        step_size=lr,
-        beta1=beta1,
-        blend1=1.0 - beta1,
-        beta2=beta2,
-        blend2=1.0 - beta2,
-    )
+    return replace(_moments(group, step), root_scale=1.0, decay=_decay(group), step_size=float(group["lr"]))
 
 
 def rmsprop(group: Mapping[str, Any], step: int) -> Coefficients:
@@ -172,9 +126,22 @@ def adagrad(group: Mapping[str, Any], step: int) -> Coefficients:
     )
 
 
-def _of(group: Mapping[str, Any]) -> tuple[float, float, float]:
-    beta1, beta2 = group["betas"]
-    return float(group["lr"]), beta1, beta2
+def _moments(group: Mapping[str, Any], step: int) -> Coefficients:
+    """What all rules with two betas share."""
+    beta1, beta2 = group["betas"][:2]
+    return Coefficients(
+        grad_scale=_sign(group),
+        beta1=beta1,
+        blend1=1.0 - beta1,
+        beta2=beta2,
+        blend2=1.0 - beta2,
+        eps=group.get("eps", 0.0),
+        root_scale=(1.0 - beta2**step) ** -0.5,
+    )
+
+
+def _decay(group: Mapping[str, Any]) -> float:
+    return 1.0 - float(group["lr"]) * float(group["weight_decay"])
 
 
 def _sign(group: Mapping[str, Any]) -> float:

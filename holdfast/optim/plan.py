@@ -312,16 +312,7 @@ def _row(job: _Job) -> Row:
 
 def _run(whole: Row, run: tuple[int, int, int], block_size: int) -> Row:
     start, stop, first = run
-    if stop - start == whole.param.numel():
-        return replace(whole, first=first)
-    return replace(
-        whole,
-        param=whole.param[start:stop],
-        grad=whole.grad[start:stop],
-        moments=[moment[start:stop] for moment in whole.moments],
-        absmax=[absmax[start // block_size : -(-stop // block_size)] for absmax in whole.absmax],
-        first=first,
-    )
+    return replace(whole.part(start, stop, block_size), first=first)
 
 
 def _by_device(rows: Iterable[Row]) -> list[tuple[torch.device, list[Row]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -31,6 +31,18 @@ class Row:
     """Index of the first element in the whole tensor, for stochastic rounding."""
     key: int = 0
     """64 bits that name seed, step and tensor, for stochastic rounding."""
+
+    def part(self, start: int, stop: int, block_size: int) -> Row:
+        """Elements ``start .. stop``, both on blocks but for the row's own end. Views."""
+        blocks = slice(start // block_size, -(-stop // block_size))
+        return replace(
+            self,
+            param=self.param[start:stop],
+            grad=self.grad[start:stop],
+            moments=[moment[start:stop] for moment in self.moments],
+            absmax=[absmax[blocks] for absmax in self.absmax],
+            first=self.first + start,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -104,12 +104,4 @@ def _cut(row: Row, start: int, stop: int, block_size: int) -> Row:
         raise InvariantViolation(
             f"a parameter begins at element {start} of a flat tensor, inside a block of {block_size}"
         )
-    blocks = slice(start // block_size, -(-stop // block_size))
-    return replace(
-        row,
-        param=row.param[start:stop],
-        grad=row.grad[start:stop],
-        moments=[moment[start:stop] for moment in row.moments],
-        absmax=[absmax[blocks] for absmax in row.absmax],
-        first=row.first + start,
-    )
+    return row.part(start, stop, block_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,19 +69,7 @@ def usable_elements(row: Row) -> Tensor:
 def _parts(row: Row, block_size: int) -> list[Row]:
     size = _CPU_CHUNK if row.param.device.type == "cpu" else _DEVICE_CHUNK
     starts = range(0, row.param.numel(), size)
-    return [row] if len(starts) == 1 else [_part(row, start, start + size, block_size) for start in starts]
-
-
-def _part(row: Row, start: int, stop: int, block_size: int) -> Row:
-    blocks = slice(start // block_size, -(-stop // block_size))
-    return replace(
-        row,
-        param=row.param[start:stop],
-        grad=row.grad[start:stop],
-        moments=[moment[start:stop] for moment in row.moments],
-        absmax=[absmax[blocks] for absmax in row.absmax],
-        first=row.first + start,
-    )
+    return [row] if len(starts) == 1 else [row.part(start, start + size, block_size) for start in starts]
 
 
 def _update(rule: Rule, row: Row, settings: Settings) -> None:

@@ -8,8 +8,9 @@ round, and caches are filled with something else before each; a ratio is of the 
 - The floor copies half of an update's traffic with one copy_ on as many threads: an update reads the parameter, its
   gradient and two codes and writes all but the gradient, 16 bytes per float32 parameter, so the copy reads 8 and
   writes 8 (bfloat16: 5 and 5). The in-place floor makes just the update's reads and writes, in two torch operations.
-- Each peer has a process of its own, where the floor and Holdfast take turns with it, and a compiler cache that was
-  empty. A peer that is not installed, or not done by its deadline, is named and left out.
+- Each peer, in float32 on the largest number of threads, has a process of its own, where the floor and Holdfast take
+  turns with it, and a compiler cache that was empty. A peer that is not installed, or not done by its deadline, is
+  named and left out.
 - "First step" is the very first: it allocates the state, and in it torchao compiles every shape of parameter.
 
 ``--peers-python`` runs the peers in another environment; Holdfast's checkout is put on its path.
@@ -121,7 +122,7 @@ def _bar(what: str, value: float, *, at_most: float = 0.0, at_least: float = 0.0
 
 
 def section(case: str, dtype: str, threads: int, options: argparse.Namespace) -> str:
-    chosen = ["torch", *options.peers]
+    chosen = ["torch", *_peers_of(case, dtype, threads, options)]
     companies = {company: run_company(company, case, dtype, threads, options) for company in chosen}
     lines: list[list[str]] = []
     for company, found in companies.items():
@@ -142,6 +143,12 @@ def section(case: str, dtype: str, threads: int, options: argparse.Namespace) ->
     return text
 
 
+def _peers_of(case: str, dtype: str, threads: int, options: argparse.Namespace) -> list[str]:
+    """One of them compiles for a minute and takes seconds a step: not everywhere, unless asked."""
+    is_shown = case in FLOOR_BARS and dtype == "float32" and threads == max(options.threads)
+    return options.peers if is_shown or options.peers_everywhere else []
+
+
 def _title(case: str, dtype: str, threads: int, companies: Mapping[str, Any], options: argparse.Namespace) -> str:
     known = next((found for found in companies.values() if "count" in found), {"count": 0, "tensors": 0})
     versions = {name: v for found in companies.values() for name, v in found.get("versions", {}).items()}
@@ -160,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--millions", type=float, default=50, help="parameters; for many, 20 tensors each million")
     parser.add_argument("--rounds", type=int, default=25, help="measurements of every way")
     parser.add_argument("--peers", nargs="+", choices=["none", *PEERS], default=list(PEERS), help="slow, so optional")
+    parser.add_argument("--peers-everywhere", action="store_true", help="not only in float32 on most threads")
     parser.add_argument("--peer-rounds", type=int, default=5, help="measurements beside a peer")
     parser.add_argument("--peers-python", default=sys.executable, help="the Python that has them")
     parser.add_argument("--deadline-s", type=float, default=600, help="of each process, compiling included")

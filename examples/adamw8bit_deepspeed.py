@@ -72,6 +72,8 @@ def main() -> None:
     if rank == 0:
         print(f"ZeRO {arguments.stage}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         print(f"state on this rank: {sum(t.nbytes for t in state) / total:.2f} bytes per parameter of the model")
+    engine.destroy()
+    torch.distributed.barrier()  # a process group that ends while a peer still talks to it ends the process
     torch.distributed.destroy_process_group()
 
 

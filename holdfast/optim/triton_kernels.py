@@ -15,7 +15,6 @@ tensors, by the fields below. Without Triton the kernels are there in name only.
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 from holdfast.optim.coefficients import FIELDS
@@ -58,7 +57,15 @@ _LAMB_SIGNED = tl.constexpr(1)  # as SIGNED: its first moment is
 _BOOK, _THRESHOLDS = tl.constexpr(512), tl.constexpr(256)
 _LARGEST_GRADIENT = tl.constexpr(2.0**63)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
-_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"))
+
+
+@triton.jit
+def _anything():
+    pass
+
+
+_IS_INTERPRETED = tl.constexpr(type(_anything).__name__ == "InterpretedFunction")
+"""Whether Triton runs kernels with numpy, which its jit decided when it read TRITON_INTERPRET."""
 
 
 @triton.jit

@@ -64,13 +64,37 @@ inline void pad(float* x, int64_t n, float with) {
 
 inline bool is_in_place(int64_t type, int64_t n) { return type == FLOAT32 && n % GROUP == 0; }
 
+// The processor's own prefetcher stops at the end of a page and rests between the passes over a block, so every group of
+// every stream asks for the one AHEAD of it. Addresses beyond a tensor do no harm.
+constexpr int64_t AHEAD = 256, LINE = 64;
+
+template <class T>
+inline void prefetch(const T* block, int64_t i, bool is_written) {
+  constexpr int64_t BYTES = GROUP * static_cast<int64_t>(sizeof(T));
+  if (BYTES < LINE && i * static_cast<int64_t>(sizeof(T)) % LINE != 0) return;  // of several groups in one line, the first
+  const char* bytes = reinterpret_cast<const char*>(block + i + AHEAD);
+  for (int64_t at = 0; at < BYTES; at += LINE) {
+    if (is_written) __builtin_prefetch(bytes + at, 1);
+    else __builtin_prefetch(bytes + at, 0);
+  }
+}
+
+inline void widen_all(const uint16_t* halves, int64_t n, float* floats) {
+  int64_t i = 0;
+  for (; i + GROUP <= n; i += GROUP) {
+    prefetch(halves, i, true);
+    for (int64_t k = i; k < i + GROUP; k++) floats[k] = widen(halves[k]);
+  }
+  for (; i < n; i++) floats[i] = widen(halves[i]);
+}
+
 // The elements themselves, or an fp32 copy of them in room.
 inline float* as_floats(const void* tensor, int64_t type, int64_t at, int64_t n, float* room, float padding = 0) {
   float* floats = const_cast<float*>(static_cast<const float*>(tensor)) + at;
   if (is_in_place(type, n)) return floats;
   const uint16_t* halves = static_cast<const uint16_t*>(tensor) + at;
   if (type == FLOAT32) std::memcpy(room, floats, static_cast<size_t>(n) * 4);
-  else for (int64_t i = 0; i < n; i++) room[i] = widen(halves[i]);
+  else widen_all(halves, n, room);
   pad(room, n, padding);
   return room;
 }
@@ -157,6 +181,9 @@ class Codes {
 
   inline void load_group(int64_t i, Moments (&now)[GROUP / WIDTH]) const {
     V a[GROUP / WIDTH], b[GROUP / WIDTH], s[GROUP / WIDTH];
+    if (Rule::moments > 0) prefetch(a_, i, true);
+    if (Rule::moments > 1) prefetch(b_, i, true);
+    if (Rule::moments > 2) prefetch(s_, i, true);
     if (Rule::moments > 0) decode_a_.group(a_ + i, a);
     if (Rule::moments > 1) decode_b_.group(b_ + i, b);
     if (Rule::moments > 2) decode_s_.group(s_ + i, s);
@@ -188,6 +215,8 @@ Seen update_groups(float* p, const float* g, const Source source, float* const (
   I most[3] = {}, usable = {};
   for (int64_t i = 0; i < n; i += GROUP) {
     Moments now[GROUP / WIDTH] = {};
+    prefetch(p, i, true);
+    prefetch(g, i, false);
     source.load_group(i, now);
     for (int64_t k = 0, at = i; k < GROUP / WIDTH; k++, at += WIDTH) {
       update_vector<Rule, careful, has_l2>(p + at, g + at, now[k], c, most, usable);

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-__all__ = ["FIELDS", "Coefficients", "adagrad", "adam", "adamw", "ademamix", "lamb", "lars", "lion", "rmsprop", "sgd"]
+__all__ = ["FIELDS", "Coefficients", "adagrad", "adam", "adamw", "ademamix", "lamb", "lion", "rmsprop", "sgd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,6 @@ def sgd(group: Mapping[str, Any], step: int) -> Coefficients:
         beta1=group["momentum"],
         blend1=1.0 if step == 1 else 1.0 - group["dampening"],
     )
-
-
-def lars(group: Mapping[str, Any], step: int) -> Coefficients:
-    """Momentum; the trust ratio is to come. Source: arXiv 1708.03888, equation 6."""
-    return sgd(group, step)
 
 
 def lion(group: Mapping[str, Any], step: int) -> Coefficients:

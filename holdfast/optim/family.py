@@ -247,9 +247,6 @@ class LARS(SGD):
         more = {"nesterov": nesterov, "trust_coefficient": trust_coefficient}
         BlockwiseOptimizer.__init__(self, params, {**own, **more}, options)
 
-    def coefficients(self, group: Mapping[str, Any], step: int) -> Coefficients:
-        return coefficients.lars(group, step)
-
     def trusted(self, by: Coefficients, norms: tuple[float, float], group: Mapping[str, Any]) -> Coefficients:
         of_param, of_gradient = norms
         if of_param == 0 or of_gradient == 0:

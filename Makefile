@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-KERNELS := holdfast/optim/build_kernels.py $(wildcard holdfast/optim/kernels/*.cpp holdfast/optim/kernels/*.h)
+KERNELS := $(wildcard holdfast/native_build.py holdfast/*/build_kernels.py holdfast/*/kernels/*.cpp holdfast/*/kernels/*.h)
 
 .PHONY: train test check setup kernels wheel clean
 
@@ -24,8 +24,9 @@ setup: .venv/stamp
 .venv/stamp: pyproject.toml constraints.txt setup.py scripts/set_up.py $(KERNELS)
 	@$(PYTHON) scripts/set_up.py
 
-kernels:  ## the C++ kernels of the optimizer, in place; some of them only: make kernels ARGS=avx2
+kernels:  ## the C++ kernels of the optimizer and of snapshots, in place; some of them only: make kernels ARGS=avx2
 	$(PYTHON) -m holdfast.optim.build_kernels $(ARGS)
+	$(PYTHON) -m holdfast.fault_tolerance.build_kernels $(ARGS)
 
 wheel:  ## with the kernels inside, to dist/
 	rm -rf build dist
@@ -36,6 +37,6 @@ wheel:  ## with the kernels inside, to dist/
 	|| { echo "without auditwheel's name for older systems:"; mkdir -p dist; mv build/wheel/*.whl dist/; }
 
 clean:  ## everything that can be made again; runs/ stays
-	rm -rf .venv build dist *.egg-info holdfast/optim/kernels/*.so
+	rm -rf .venv build dist *.egg-info holdfast/*/kernels/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The part of the build that pyproject.toml cannot say: the optimizer's C++ kernels."""
+"""The part of the build that pyproject.toml cannot say: the C++ kernels of the optimizer and of snapshots."""
 
 import os
 import sys
@@ -10,13 +10,18 @@ from setuptools.command.build import build
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from holdfast.optim import build_kernels
+from holdfast.fault_tolerance import build_kernels as staging
+from holdfast.native_build import KernelsNotBuilt
+from holdfast.optim import build_kernels as optim
+
+ROOT = Path(__file__).resolve().parent
+LIBRARIES = (optim.NATIVE, staging.NATIVE)
 
 
 class BuildKernels(Command):
-    """Puts the library into the package. Where that fails the package does without, unless kernels are required."""
+    """Puts the libraries into the package. Where that fails the package does without, unless kernels are required."""
 
-    description = "compile the C++ kernels of the optimizer"
+    description = "compile the C++ kernels"
     command_name = "build_kernels"
     user_options = []
     editable_mode = False
@@ -28,34 +33,36 @@ class BuildKernels(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self):
-        if self.editable_mode and build_kernels.is_current(build_kernels.LIBRARY):
-            return
-        target = build_kernels.LIBRARY if self.editable_mode else self._in_build
+        for library in LIBRARIES:
+            if not (self.editable_mode and library.is_current()):
+                self._build(library)
+
+    def _build(self, library):
+        target = library.path if self.editable_mode else self._in_build(library)
         if not self.editable_mode:
             target.unlink(missing_ok=True)  # of an earlier build
         try:
-            isas = build_kernels.build(target, os.environ)
-        except build_kernels.KernelsNotBuilt as error:
+            isas = library.build(target, os.environ)
+        except KernelsNotBuilt as error:
             if os.environ.get("HOLDFAST_REQUIRE_KERNELS") == "1":
                 raise SystemExit(f"{error.details}error: HOLDFAST_REQUIRE_KERNELS=1, but {error}") from error
-            self.warn(f"{error}. The optimizer will take plain torch operations on CPUs: slower, with the same results")
+            self.warn(f"{error}. {library.absence}")
         else:
             self.announce(f"built {target}: {', '.join(isas)}", level=2)
-            self.distribution.has_kernels = not self.editable_mode
+            self.distribution.has_kernels |= not self.editable_mode
 
-    @property
-    def _in_build(self):
-        return Path(self.build_lib, "holdfast", "optim", "kernels", build_kernels.LIBRARY.name)
+    def _in_build(self, library):
+        return Path(self.build_lib, library.path.relative_to(ROOT))
 
     def get_source_files(self):
-        return [os.path.relpath(path) for path in build_kernels.sources()]
+        return [os.path.relpath(path) for library in LIBRARIES for path in library.sources()]
 
     def get_outputs(self):
-        return [str(self._in_build)] if self._in_build.exists() else []
+        return [str(path) for path in map(self._in_build, LIBRARIES) if path.exists()]
 
     def get_output_mapping(self):
-        there = self.editable_mode and build_kernels.LIBRARY.exists()
-        return {str(self._in_build): os.path.relpath(build_kernels.LIBRARY)} if there else {}
+        there = [library for library in LIBRARIES if self.editable_mode and library.path.exists()]
+        return {str(self._in_build(library)): os.path.relpath(library.path) for library in there}
 
 
 class BuildAll(build):

@@ -9,6 +9,7 @@
     │  ├─ RankLost                 a worker process died or froze
     │  ├─ CollectiveBroken         a collective failed because a peer left; this rank is a victim
     │  ├─ NonFiniteStep            the loss or the gradient is NaN or infinite
+    │  ├─ PeerError                a keeper got no answer from another one, or an error
     │  └─ SnapshotError
     │     ├─ ShardCorrupt          a digest does not match
     │     ├─ InsufficientShards    no version is held by every rank
@@ -34,6 +35,7 @@ __all__ = [
     "InvariantViolation",
     "ManifestMismatch",
     "NonFiniteStep",
+    "PeerError",
     "RankLost",
     "RecoveryFailed",
     "ShardCorrupt",
@@ -102,6 +104,14 @@ class NonFiniteStep(Fault):
             f"{quantity}={value} at step {step} is not finite; "
             "lower optim.lr, raise optim.warmup_steps or use parallel.precision=FP32"
         )
+
+
+class PeerError(Fault):
+    """A keeper got no answer from another one. ``kind`` names the exception if the other one answered with an error."""
+
+    def __init__(self, peer: str, method: str, reason: str, *, kind: str = "") -> None:
+        self.peer, self.method, self.reason, self.kind = peer, method, reason, kind
+        super().__init__(f"{method} of the keeper at {peer}: {kind + ': ' if kind else ''}{reason}")
 
 
 class SnapshotError(Fault):

@@ -15,6 +15,7 @@ __all__ = [
     "Event",
     "EventSink",
     "FaultDetected",
+    "FaultInjected",
     "Generated",
     "MemoryEvents",
     "Protection",
@@ -70,6 +71,23 @@ class FaultDetected(Event):
     last_step: int
     detected_after_s: float
     """Seconds since the last sign of life of the first rank lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultInjected(Event):
+    """Something was broken on purpose; noted before it was done."""
+
+    action: str
+    target: str
+    """worker, keeper, node, driver, checkpoint, storage, link."""
+    number: int
+    """Rank or node; -1 for all of them."""
+    step: int
+    """Steps finished."""
+    at: str
+    """Failpoint; empty when the driver did it."""
+    source: str
+    """Who wanted it, and the entry."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # a type in a signature, never a run-time dependency of the r
     from torch import Tensor
 
 __all__ = [
+    "CopyReport",
     "Epoch",
     "NodeId",
     "Phase",
@@ -112,6 +113,19 @@ class RankState:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyReport:
+    """What became of the version that was offered last."""
+
+    version: int = -1
+    """-1: none was offered since the last report."""
+    is_complete: bool = False
+    waited_s: float = 0.0
+    """Seconds the training thread waited for it."""
+    copy_s: float = 0.0
+    """Seconds from the first byte to the last; most of them while the next step was computed."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One finished optimizer step, equal on every rank but for the seconds and bytes."""
 
@@ -133,3 +147,5 @@ class StepReport:
     """Bytes this rank copied into its keeper's arena."""
     committed: int
     """Newest version known to be held by every rank."""
+    copy_s: float = 0.0
+    """Seconds that copying the version before took, beside this step's forward and backward."""

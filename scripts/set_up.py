@@ -33,8 +33,17 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP, LOG = VENV / "stamp", VENV / "set_up.log"
 INPUTS = (ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "setup.py", Path(__file__).resolve())
-OPTIM = ROOT / "holdfast" / "optim"
-KERNELS = (OPTIM / "build_kernels.py", *sorted((OPTIM / "kernels").glob("*.[ch]*")))
+PACKAGE = ROOT / "holdfast"
+KERNELS = (
+    PACKAGE / "native_build.py",
+    *sorted(PACKAGE.glob("*/build_kernels.py")),
+    *sorted(PACKAGE.glob("*/kernels/*.[ch]*")),
+)
+WITHOUT_KERNELS = {
+    "optim": "the optimizer takes plain torch operations on CPUs",
+    "fault_tolerance": "snapshots are copied by NumPy",
+}
+"""What happens instead, by the part of the package that has kernels."""
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDS_GB = {"own torch": 2, "CPU build": 3, "CUDA build": 10}
@@ -153,12 +162,13 @@ def install(own: OwnTorch | None) -> None:
 
 def build_kernels() -> None:
     """Before pip, which would hide what the compiler says; pip then finds them built."""
-    say("kernels of the optimizer ...")
-    built = subprocess.run([sys.executable, "-m", "holdfast.optim.build_kernels"], cwd=ROOT)
-    if built.returncode:
-        if os.environ.get("HOLDFAST_REQUIRE_KERNELS") == "1":
-            fail("HOLDFAST_REQUIRE_KERNELS=1, but the kernels cannot be built")
-        say("going on without: the optimizer takes plain torch operations on CPUs, slower, with the same results")
+    for part, instead in WITHOUT_KERNELS.items():
+        say(f"kernels of holdfast.{part} ...")
+        built = subprocess.run([sys.executable, "-m", f"holdfast.{part}.build_kernels"], cwd=ROOT)
+        if built.returncode:
+            if os.environ.get("HOLDFAST_REQUIRE_KERNELS") == "1":
+                fail(f"HOLDFAST_REQUIRE_KERNELS=1, but the kernels of holdfast.{part} cannot be built")
+            say(f"going on without: {instead}, slower, with the same results")
 
 
 def write_constraints(own: OwnTorch | None) -> str:

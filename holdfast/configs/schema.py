@@ -30,6 +30,9 @@ class LaunchConfig:
     """(Virtual) nodes, one keeper each."""
     workers_per_node: int = 1
     """Ranks per node."""
+    zones: list[str] = field(default_factory=list)
+    """Failure domain of each node, for example its rack: nodes that protect each other are put in different ones. Empty
+    takes the Ray nodes' label ``zone``."""
     spares: int = 1
     """Warm workers in reserve, everything imported, no state."""
     address: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -16,10 +17,13 @@ import psutil
 from holdfast import knobs
 from holdfast.configs.options import enum_of, kinds
 from holdfast.configs.plain import from_plain, to_plain
+from holdfast.configs.protection import parity_ratio, protection_problems
 from holdfast.configs.schema import LaunchKind, RunConfig
-from holdfast.errors import ConfigurationError
+from holdfast.errors import ConfigurationError, SnapshotError
 from holdfast.fault_tolerance.board import MAX_BUFFERS
 from holdfast.fault_tolerance.chaos import ChaosFault, Target, parse, parse_all
+from holdfast.fault_tolerance.storage import open_storage
+from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
 from holdfast.optim.config import moment_count
 from holdfast.trainer.config import DataSource
@@ -49,7 +53,7 @@ def this_host() -> Host:
 
 def refuse_bad(config: RunConfig) -> None:
     """Raises: ConfigurationError with everything that is wrong with ``config`` on this machine."""
-    problems = check(config, this_host()) + _missing_files(config)
+    problems = check(config, this_host()) + _missing_files(config) or _unusable_storage(config)
     if problems:
         raise ConfigurationError(problems)
 
@@ -59,7 +63,10 @@ def check(config: RunConfig, host: Host) -> list[str]:
     wrong_types = _type_problems(config)
     if wrong_types:
         return wrong_types  # nothing else can be judged
-    return [problem for part in _PARTS for problem in part(config)] + _memory_problems(config, host)
+    return [problem for part in _PARTS for problem in part(config)] + [
+        *_memory_problems(config, host),
+        *_bandwidth_problems(config),
+    ]
 
 
 # -- values, one by one -----------------------------------------------------------------------------------------------
@@ -143,8 +150,12 @@ _RULES: Mapping[str, _Rule] = {
             "not yet known to be complete everywhere, one is being filled"
         ),
     ),
+    "snapshot.copy_mb_per_s": (lambda v: 0 <= v < math.inf, "at least 0, where 0 is no bound"),
+    "snapshot.fence_timeout_s": (lambda v: 0 < v < math.inf, "more than 0"),
     "snapshot.memory_limit_gb": (lambda v: 0 <= v < math.inf, "at least 0, where 0 means half of what is free"),
     "snapshot.persist_every_steps": (partial(_is_at_least, 0), "at least 0, where 0 writes one at the end only"),
+    "snapshot.persist_every_s": (lambda v: 0 <= v < math.inf, "at least 0, where 0 counts steps only"),
+    "snapshot.persist_mb_per_s": (lambda v: 0 <= v < math.inf, "at least 0, where 0 writes as fast as it goes"),
     "snapshot.keep_last": (partial(_is_at_least, 2), "at least 2, so that the last good one outlives a bad write"),
     "recovery.heartbeat_s": _SECONDS,
     "recovery.suspect_after_s": _SECONDS,
@@ -228,6 +239,8 @@ def _batch(config: RunConfig) -> Iterator[str]:
         if batch % world == 0:
             fitting = max(size for size in range(1, micro + 1) if batch // world % size == 0)
             advice += f", or trainer.micro_batch={fitting}"
+        else:
+            advice += f"; a run that is continued keeps its batch: give it {_fitting_worlds(batch, world)} ranks"
         yield (
             f"trainer.global_batch={batch} must be a multiple of trainer.micro_batch x ranks = "
             f"{micro} x {world} = {unit}; {advice}"
@@ -239,6 +252,13 @@ def _batch(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _fitting_worlds(batch: int, world: int) -> str:
+    """The nearest numbers of ranks that divide the batch, below and above."""
+    below = max(n for n in range(1, world + 1) if batch % n == 0)
+    above = next((n for n in range(world, batch + 1) if batch % n == 0), below)
+    return str(below) if above == below else f"{below} or {above}"
+
+
 def _snapshots(config: RunConfig) -> Iterator[str]:
     every, persist = config.snapshot.every_steps, config.snapshot.persist_every_steps
     if every >= 1 and persist > 0 and persist % every:
@@ -246,6 +266,26 @@ def _snapshots(config: RunConfig) -> Iterator[str]:
             f"snapshot.persist_every_steps={persist} must be a multiple of snapshot.every_steps={every}, because "
             f"checkpoints are written from snapshots; try snapshot.persist_every_steps={-(-persist // every) * every}"
         )
+
+    if config.snapshot.storage:
+        try:
+            parse_uri(config.snapshot.storage)
+        except ConfigurationError as error:
+            yield from (f"snapshot.{problem}" for problem in error.problems)
+
+
+def _unusable_storage(config: RunConfig) -> list[str]:
+    """Whether an object can be written there and taken away, tried only when nothing else is wrong."""
+    if not config.snapshot.storage:
+        return []
+    test = f"holdfast-write-test-{uuid.uuid4().hex[:8]}"
+    try:
+        storage = open_storage(below(config.snapshot.storage, config.project))
+        storage.write(test, [b"holdfast"])
+        storage.delete(test)
+    except SnapshotError as error:
+        return [f"snapshot.storage={config.snapshot.storage!r} cannot be used: {error}"]
+    return []
 
 
 def _deadlines(config: RunConfig) -> Iterator[str]:
@@ -307,6 +347,7 @@ _PARTS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _data,
     _batch,
     _snapshots,
+    protection_problems,
     _deadlines,
     _launch,
     _chaos,
@@ -342,9 +383,10 @@ def _is_one_host(config: RunConfig, host: Host) -> bool:
 
 def _memory_problems(config: RunConfig, host: Host) -> list[str]:
     """Refused here, snapshots cannot end a run hours later. On a cluster only the user's own limit is known."""
-    if check_model(config.model) or check_optim(config.optim) or _world(config) < 1:
+    if check_model(config.model) or check_optim(config.optim) or _world(config) < 1 or any(protection_problems(config)):
         return []  # reported already
-    per_node = state_bytes(config) * config.snapshot.buffers * config.launch.workers_per_node
+    buffers = config.snapshot.buffers + parity_ratio(config)
+    per_node = math.ceil(state_bytes(config) * buffers) * config.launch.workers_per_node
     limit_gb, is_one_host = config.snapshot.memory_limit_gb, _is_one_host(config, host)
     problems = []
     if limit_gb > 0 and per_node > keeper_limit_bytes(config, host):
@@ -363,10 +405,24 @@ def _memory_problems(config: RunConfig, host: Host) -> list[str]:
     return problems
 
 
+def _bandwidth_problems(config: RunConfig) -> Iterator[str]:
+    """A run that is asked to stop must be able to save itself."""
+    mb_per_s, grace_s = config.snapshot.persist_mb_per_s, config.recovery.stop_grace_s
+    if check_model(config.model) or check_optim(config.optim) or _world(config) < 1 or not 0 < mb_per_s < math.inf:
+        return  # reported already, or without a bound
+    needed_s = state_bytes(config) * config.launch.workers_per_node / (mb_per_s * 10**6)
+    if needed_s > grace_s:
+        yield (
+            f"snapshot.persist_mb_per_s={mb_per_s} lets a checkpoint take {needed_s:.0f} s, and a run that is asked to "
+            f"stop has recovery.stop_grace_s={grace_s}; raise one of them"
+        )
+
+
 def _need(config: RunConfig) -> str:
     return (
-        f"snapshot.buffers={config.snapshot.buffers} of {state_bytes(config):,} bytes for each of "
-        f"launch.workers_per_node={config.launch.workers_per_node} ranks"
+        f"snapshot.buffers={config.snapshot.buffers} of {state_bytes(config):,} bytes, and {parity_ratio(config):.3g} "
+        f"more for parity={config.snapshot.parity}, for each of launch.workers_per_node="
+        f"{config.launch.workers_per_node} ranks"
     )
 
 

@@ -2,15 +2,16 @@
 
 Layout (native byte order, 64-bit words; ``LAYOUT`` changes with it)::
 
-    0       magic, layout, rank, buffers, capacity, limit, fence epoch, beats written, reports written
+    0       magic, layout, rank, buffers, capacity, limit, fence epoch, beats written, reports written, protected
     128     run tag, 64 bytes, padded with zeros
     256     injected faults that have fired, one byte each
     512     buffer descriptors, 128 bytes each, at most 16
     4096    ring of heartbeats
     8192    ring of step reports
 
-Words are written with one aligned 8-byte store each and have one writer: the keeper writes limit and fence; the
-worker writes the rings, the fired faults and, while its epoch runs, the descriptors except their pins.
+Words are written with one aligned 8-byte store each and have one writer: the keeper writes limit, fence, protected; the
+worker writes the rings, the fired faults and, while its epoch runs, the descriptors, except their pins and, where
+keepers protect versions together, that one is COMMITTED and kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["HEADER_BYTES", "MAX_BUFFERS", "MAX_FAULTS", "REPORT_SLOTS", "Beat", 
 
 MAX_BUFFERS, MAX_FAULTS, REPORT_SLOTS = 16, 256, 4096
 
-_MAGIC, _LAYOUT = int.from_bytes(b"HOLDFAST", "little"), 1
+_MAGIC, _LAYOUT = int.from_bytes(b"HOLDFAST", "little"), 2
 _TAG_AT, _TAG_BYTES = 128, 64
 _FIRED_AT = 256
 _SLOTS_AT, _SLOT_BYTES = 512, 128
@@ -54,6 +55,7 @@ class _Word(IntEnum):
     FENCE = 6
     BEATS = 7
     REPORTS = 8
+    PROTECTED = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +162,23 @@ class Board:
         """Epochs before this one are over: their workers must not write any more."""
         return self._words[_Word.FENCE]
 
+    @property
+    def fence_word(self) -> memoryview:
+        """The word behind ``fence_epoch``, for code that looks at it between two pieces of a copy."""
+        return self._words[_Word.FENCE : _Word.FENCE + 1]
+
     def fence(self, epoch: int) -> None:
         """Keeper. End all epochs before ``epoch``; a fence never moves back."""
         self._words[_Word.FENCE] = max(self.fence_epoch, epoch)
+
+    @property
+    def is_protected(self) -> bool:
+        """Keepers decide when a version is committed; otherwise whoever writes it does."""
+        return self._words[_Word.PROTECTED] == 1
+
+    @is_protected.setter
+    def is_protected(self, value: bool) -> None:
+        self._words[_Word.PROTECTED] = int(value)
 
     def mark_fired(self, fault: int) -> None:
         """Remember, beyond this process, that an injected fault has happened."""

@@ -121,6 +121,10 @@ class Buffer:
         self._descriptor[_DIGEST_AT : _DIGEST_AT + _DIGEST_BYTES] = bytes.fromhex(digest)
         words[_Word.STATE] = state
 
+    def stamp(self, epoch: int) -> None:
+        """Who wrote it is known only now."""
+        self._words[_Word.EPOCH] = epoch
+
     def commit(self) -> None:
         """All ranks hold it."""
         self._words[_Word.STATE] = BufferState.COMMITTED

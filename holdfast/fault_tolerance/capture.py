@@ -1,23 +1,22 @@
-"""Copying live tensors into a buffer: what goes where, and a digest of every slice as it was staged."""
+"""Copying live tensors into a buffer beside training: what goes where, and a digest of every slice as it was staged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import xxhash
 from torch import Tensor
 
 from holdfast import failpoints
 from holdfast.errors import InvariantViolation
 from holdfast.fault_tolerance.buffer import Bytes
-from holdfast.fault_tolerance.manifest import Entry, lay_out
+from holdfast.fault_tolerance.device_staging import DeviceRows, stage_device
+from holdfast.fault_tolerance.manifest import ManifestWriter, lay_out
+from holdfast.fault_tolerance.staging import Control, Fence, StagingTable, stage
 from holdfast.types import RankState, StateSlice
 
-__all__ = ["CHUNK_BYTES", "Plan", "byte_view"]
-
-CHUNK_BYTES = 4 << 20
-"""Copied between two looks at the fence: about a millisecond. From 256 KiB to 16 MiB the size makes no difference."""
+__all__ = ["Pace", "Plan", "byte_view"]
 
 
 def byte_view(tensor: Tensor) -> Tensor:
@@ -27,63 +26,100 @@ def byte_view(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a capture treats the work beside it, and who may end it."""
+
+    control: Control = field(default_factory=Control)
+    fence: Fence | None = None
+    """Closed when the epoch is over."""
+    max_bytes_per_s: float = 0.0
+    """0: as fast as it goes."""
+    low_priority: bool = False
+    """For a thread of its own: whatever else the machine has to do goes first."""
+
+
 class Plan:
     """Where the slices of a state lie, and where they go. Made once: addresses and sizes do not change between steps.
 
-    Whether that is still true is checked at every capture, because copying from a stale address would store garbage
+    Whether that is still true is checked at every offer, because copying from a stale address would store garbage
     under a digest that fits.
     """
 
     def __init__(self, slices: Sequence[StateSlice]) -> None:
         self._key = _key(slices)
-        self._specs = [s.spec for s in slices]
         self._sources = [byte_view(s.tensor) for s in slices]
-        self._lengths = [source.numel() for source in self._sources]
-        self._offsets, self.data_bytes = lay_out(self._lengths)
-        self._devices = {s.tensor.device for s in slices if s.tensor.is_cuda}
-        _refuse_duplicates([spec.name for spec in self._specs])
+        lengths = [source.numel() for source in self._sources]
+        offsets, self.data_bytes = lay_out(lengths)
+        names = [s.spec.name for s in slices]
+        _refuse_duplicates(names)
+        self.manifests = ManifestWriter([s.spec for s in slices], list(zip(offsets, lengths, strict=True)))
+        half = len(slices) // 2
+        self._halves = [_Rows.of(range(half), self._sources, offsets)]
+        self._halves.append(_Rows.of(range(half, len(slices)), self._sources, offsets))
 
     def fits(self, state: RankState) -> bool:
         """The state has the slices that this plan was made for, at the addresses it was made for."""
         return _key(state.slices) == self._key
 
-    def capture(self, data: Bytes, check: Callable[[], None], *, version: int) -> tuple[Entry, ...]:
-        """Copy every slice to its place in ``data``; ``check`` is called between pieces and may raise.
+    def marks(self) -> list[int]:
+        """Numbers of which one grows whenever torch writes to a slice."""
+        return [source._version for source in self._sources]
 
-        Front edge: the update may have been launched on any stream, so each device is drained first. Back
-        edge: the copies are synchronous, so the tensors may change when this returns.
+    def capture(self, data: Bytes, pace: Pace, *, version: int) -> list[str] | None:
+        """Copy every slice to its place in ``data``; digests in the order of the slices, None when it was ended.
+
+        Front edge: the update may have been launched on any stream of a device, so whatever has been launched there
+        is waited for. Blocks this thread only, so it can be called beside the next step.
         """
-        for device in self._devices:
-            torch.cuda.synchronize(device)
-        target, view, half = torch.from_numpy(data), data.data, len(self._specs) // 2
-        entries = []
-        for i, (spec, source, offset) in enumerate(zip(self._specs, self._sources, self._offsets, strict=True)):
-            if i == half:
+        found: dict[int, bytes] = {}
+        for number, rows in enumerate(self._halves):
+            if number:
                 failpoints.hit("snapshot.mid_capture", version)
-            digest = _copy(source, target, view, offset, check)
-            entries.append(Entry(spec, offset, source.numel(), digest))
-        return tuple(entries)
-
-    def blank_entries(self) -> tuple[Entry, ...]:
-        """What ``capture`` returns, without digests: enough to know how long a manifest will be."""
-        rows = zip(self._specs, self._offsets, self._lengths, strict=True)
-        return tuple(Entry(spec, offset, length, "0" * 32) for spec, offset, length in rows)
+            staged = rows.stage(data, pace)
+            if staged is None:
+                return None
+            found |= staged
+        return [found[i].hex() for i in range(len(self._sources))]
 
 
-def _copy(source: Tensor, target: Tensor, view: memoryview, offset: int, check: Callable[[], None]) -> str:
-    """Copy one slice in bounded chunks; the digest is taken of the bytes that arrived."""
-    length = source.numel()
-    if length <= CHUNK_BYTES:  # the usual case, without the cost of slicing and of a streaming digest
-        check()
-        target[offset : offset + length].copy_(source)
-        return xxhash.xxh3_128_hexdigest(view[offset : offset + length])
-    staged = xxhash.xxh3_128()
-    for start in range(0, length, CHUNK_BYTES):
-        check()
-        stop = min(start + CHUNK_BYTES, length)
-        target[offset + start : offset + stop].copy_(source[start:stop])
-        staged.update(view[offset + start : offset + stop])
-    return staged.hexdigest()
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Slices by where they lie."""
+
+    host: Sequence[int]
+    table: StagingTable
+    devices: Mapping[torch.device, DeviceRows]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], sources: Sequence[Tensor], offsets: Sequence[int]) -> _Rows:
+        host = [i for i in numbers if not sources[i].is_cuda]
+        table = StagingTable(
+            [sources[i].data_ptr() for i in host], [offsets[i] for i in host], [sources[i].numel() for i in host]
+        )
+        rest = {sources[i].device: DeviceRows() for i in numbers if sources[i].is_cuda}
+        for i in numbers:
+            if sources[i].is_cuda:
+                rest[sources[i].device].add(i, sources[i], offsets[i])
+        return cls(host, table, rest)
+
+    def stage(self, data: Bytes, pace: Pace) -> dict[int, bytes] | None:
+        """Digests by the number of the slice."""
+        found: dict[int, bytes] = {}
+        for rows in self.devices.values():
+            copied = stage_device(rows, data, pace.control, pace.fence)
+            if copied is None:
+                return None
+            found |= copied
+        staged = stage(
+            self.table,
+            data,
+            control=pace.control,
+            fence=pace.fence,
+            max_bytes_per_s=pace.max_bytes_per_s,
+            low_priority=pace.low_priority,
+        )
+        return None if staged is None else found | dict(zip(self.host, staged, strict=True))
 
 
 def _key(slices: Sequence[StateSlice]) -> list[tuple[int, int, int]]:

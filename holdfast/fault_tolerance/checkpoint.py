@@ -27,7 +27,7 @@ import xxhash
 
 from holdfast import __version__
 from holdfast.errors import ManifestMismatch, ShardCorrupt, SnapshotError
-from holdfast.fault_tolerance.storage import Storage
+from holdfast.fault_tolerance.storage import SEAL, Storage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -48,6 +48,7 @@ __all__ = [
     "manifest_file",
     "quarantine",
     "read_commit",
+    "read_manifest",
     "read_rank",
     "retain",
     "step_of",
@@ -57,7 +58,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-COMMIT_FILE = "commit.json"
+COMMIT_FILE = SEAL
 LATEST_FILE = "LATEST"
 _REASON_FILE = "reason.txt"
 _REJECTED = "rejected-"
@@ -86,6 +87,8 @@ class Checkpoint:
     written_at: str
     """UTC, ISO 8601."""
     writer: str
+    layout: str = ""
+    """How the state is divided among the ranks, in words; checkpoints of equal layouts have equal slices."""
 
     @property
     def bytes(self) -> int:
@@ -144,17 +147,25 @@ def read_rank(storage: Storage, folder: str, rank: int) -> tuple[bytes, bytes]:
     Raises: SnapshotError when a file is missing, ManifestMismatch for a record that cannot be used or does not know
     the rank, ShardCorrupt for a damaged manifest.
     """
-    found = _read(storage, folder)
-    files = found.ranks.get(rank)
+    manifest = read_manifest(storage, _read(storage, folder), rank)
+    return manifest, storage.read(f"{folder}/{data_file(rank)}")
+
+
+def read_manifest(storage: Storage, found: Checkpoint, rank: int) -> bytes:
+    """Manifest (digest checked) of one rank of a committed checkpoint, whose files all have their length.
+
+    Raises: as :func:`read_rank`.
+    """
+    folder, files = directory(found.step), found.ranks.get(rank)
     if files is None:
         raise ManifestMismatch(f"{folder} was written by {found.world} ranks; there is no rank {rank} in it")
     _check_files(storage, folder, files)
-    manifest = storage.read(f"{folder}/{manifest_file(rank)}")
+    name = f"{folder}/{manifest_file(rank)}"
+    manifest = storage.read(name)
     have = _digest(manifest)
     if have != files.manifest_digest:
-        name = f"{folder}/{manifest_file(rank)}"
         raise ShardCorrupt(name, rank=rank, version=found.step, want=files.manifest_digest, have=have)
-    return manifest, storage.read(f"{folder}/{data_file(rank)}")
+    return manifest
 
 
 # -- all ranks, in the driver -----------------------------------------------------------------------------------------
@@ -166,6 +177,7 @@ def commit(
     *,
     receipts: Mapping[int, Mapping[str, Any]],
     config_digest: str,
+    layout: str = "",
     written_at: datetime | None = None,
 ) -> Checkpoint:
     """Publish the checkpoint that ranks 0..n-1 have written, then point LATEST to it.
@@ -180,7 +192,7 @@ def commit(
     for files in ranks.values():
         _check_files(storage, folder, files)
     moment = (written_at or datetime.now(timezone.utc)).astimezone(timezone.utc).isoformat(timespec="seconds")
-    made = Checkpoint(step, len(ranks), config_digest, ranks, moment, f"holdfast {__version__}")
+    made = Checkpoint(step, len(ranks), config_digest, ranks, moment, f"holdfast {__version__}", layout)
     published = _publish(storage, made)
     _point_to(storage, folder)
     return published

@@ -15,10 +15,26 @@ class SnapshotConfig:
     """Optimizer steps between snapshots."""
     buffers: int = 3
     """Buffers per rank; 3 lets a new version fill while the last two wait for their fate."""
+    parity: int = 1
+    """Nodes of a protection group that may be lost at once and are rebuilt from the memory of the others; 0 protects
+    from the loss of processes only."""
+    group_size: int = 0
+    """Nodes in a protection group, about; 0 chooses: all of them, up to 8."""
+    copy_mb_per_s: float = 0.0
+    """Bound on each rank's copying beside the step, 10^6 bytes per second; 0 copies as fast as it goes."""
+    fence_timeout_s: float = 60.0
+    """An update waits this long for the copy of the state before; then that version is given up."""
     memory_limit_gb: float = 0.0
     """Host memory one keeper may use, 10^9 bytes; 0 means half of what is free."""
     persist_every_steps: int = 100
-    """Steps between durable checkpoints in the run directory; 0 writes one only when the run stops or ends."""
+    """Steps between durable checkpoints; 0 writes one only when the run stops or ends."""
+    persist_every_s: float = 0.0
+    """Seconds after which a durable checkpoint is due even without the steps; 0 counts steps only."""
+    persist_mb_per_s: float = 0.0
+    """Bound on what a keeper writes to storage for its ranks, 10^6 bytes per second; 0 writes as fast as it goes."""
+    storage: str = ""
+    """Where durable checkpoints go, below it <project>/<run_id>: a path, file://, s3://, gs:// or hdfs:// URI; empty
+    means the run directory."""
     keep_last: int = 2
     """Durable checkpoints kept; at least 2, so the last good one outlives a bad write."""
 

@@ -41,7 +41,7 @@ def worker_parked(run: Situation, message: m.WorkerParked, now: float) -> None:
         discard(run, worker, "it raised an exception; a fresh process takes its place")
         mourn(run, [(worker, message.detail, now)], now)
     elif outcome is m.Outcome.CORRUPT:
-        run.sources.damaged(worker.rank, message.version)
+        run.sources.damaged(worker.rank, message.version, message.detail)
         run.act(m.Quarantine(worker.rank, message.version))
         fault(run, [loss_of(run, worker, f"version {message.version} is damaged: {message.detail}", now)], now)
     elif not was_asked:

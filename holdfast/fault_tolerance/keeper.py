@@ -10,10 +10,10 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -22,9 +22,14 @@ from holdfast.errors import InvariantViolation, ManifestMismatch, SnapshotError
 from holdfast.fault_tolerance.arena import Arena
 from holdfast.fault_tolerance.buffer import BufferState
 from holdfast.fault_tolerance.checkpoint import read_rank, write_rank
+from holdfast.fault_tolerance.commit import CommitRecord, Outcome, from_json, to_json
+from holdfast.fault_tolerance.lanes import ProtectionPlan
+from holdfast.fault_tolerance.links import PeerLinks
 from holdfast.fault_tolerance.manifest import Manifest, damaged_slices, digest
+from holdfast.fault_tolerance.protector import Protector
 from holdfast.fault_tolerance.rotation import choose_target
 from holdfast.fault_tolerance.storage import open_storage
+from holdfast.fault_tolerance.throttle import Throttle
 from holdfast.fault_tolerance.versions import Held, find_version, held_versions
 
 __all__ = ["Keeper", "KeeperApi"]
@@ -45,8 +50,20 @@ class KeeperApi(Protocol):
         """Renew the lease. Signs of life, versions and, from number ``since[rank]`` on, step reports of every rank."""
         ...
 
-    def inventory(self) -> dict[int, list[Json]]:
-        """Complete versions with an intact manifest by rank, newest first."""
+    def inventory(self, epoch: int = 0) -> Json:
+        """What is here, after a fence to ``epoch``.
+
+        ``held``: complete versions with an intact manifest by rank, newest first. ``parity``: versions and epochs
+        whose parity is here. ``report``: what this keeper knows of outcomes, see ``commit.derive_outcome``.
+        """
+        ...
+
+    def begin(self, plan: Json, outcome: Json) -> None:
+        """An epoch starts: commit and protect its versions together with the other keepers, see ``ProtectionPlan``."""
+        ...
+
+    def rebuild(self, rank: int, record: Json, plan: Json, lost: Sequence[int]) -> int:
+        """Between epochs: decode a rank's snapshot from what its lane holds, every digest verified; its version."""
         ...
 
     def verify(self, rank: int, version: int) -> list[str]:
@@ -79,14 +96,27 @@ class KeeperApi(Protocol):
 
 
 class Keeper:
-    """See :class:`KeeperApi`. ``limit_bytes`` is shared equally by the ranks that are admitted before they reserve.
+    """See :class:`KeeperApi`. ``limit_bytes`` is shared equally by the ranks that are admitted before they reserve; of
+    each share ``parity_ratio`` parts in ``buffers + parity_ratio`` are for parity. ``token`` is what the keepers of a
+    run know each other by; without one this keeper is alone. ``persist_mb_per_s`` bounds what all its ranks write to
+    storage together, 10^6 bytes per second; 0 is no bound.
 
     Raises: InsufficientShards for a version that is not held, ShardCorrupt for damaged bytes, SnapshotMemory when
     the limit is too small, SnapshotError when the storage fails.
     """
 
     def __init__(
-        self, node: int, run_tag: str, *, limit_bytes: int, buffers: int, lease_s: float, clock: Clock
+        self,
+        node: int,
+        run_tag: str,
+        *,
+        limit_bytes: int,
+        buffers: int,
+        lease_s: float,
+        clock: Clock,
+        token: str = "",
+        parity_ratio: float = 0.0,
+        persist_mb_per_s: float = 0.0,
     ) -> None:
         self._node, self._run_tag, self._limit_bytes, self._buffers = node, run_tag, limit_bytes, buffers
         self._lease_s, self._clock, self._heard_s = lease_s, clock, clock.now()
@@ -94,6 +124,11 @@ class Keeper:
         self._fence_epoch = 0
         self._plans = 0  # fences and starts of epochs so far: what was begun before the last one is not wanted any more
         self._lock = threading.RLock()
+        self._throttle = Throttle(persist_mb_per_s * 1e6, clock)
+        self._parity_ratio = parity_ratio
+        self._links = PeerLinks(node, token)
+        self._protector = Protector(node, lambda: self._arenas, self._links, parity_ratio=parity_ratio)
+        self._links.serve(self._protector)
 
     # -- the node -------------------------------------------------------------------------------------------------
 
@@ -106,11 +141,17 @@ class Keeper:
                 self._share_memory()
             return asdict(self._arenas[rank].ref)
 
+    @property
+    def address(self) -> str:
+        """Where other keepers reach this one; empty without a token."""
+        return self._links.address
+
     def pulse(self, since: Mapping[int, int]) -> Json:
         self._heard_s = self._clock.now()
         wanted = {int(rank): number for rank, number in since.items()}
         ranks = {rank: _seen(arena, wanted.get(rank, 0)) for rank, arena in self._arenas.items()}
-        return {"node": self._node, "pid": os.getpid(), "now": self._heard_s, "ranks": ranks}
+        status = asdict(self._protector.status)
+        return {"node": self._node, "pid": os.getpid(), "now": self._heard_s, "ranks": ranks, "protection": status}
 
     def fence(self, epoch: int) -> None:
         with self._lock:
@@ -118,6 +159,23 @@ class Keeper:
             self._fence_epoch = max(self._fence_epoch, epoch)
             for arena in self._arenas.values():
                 arena.board.fence(epoch)
+        self._protector.fence(epoch)
+
+    def begin(self, plan: Json, outcome: Json) -> None:
+        found = ProtectionPlan.from_json(plan)
+        self._links.connect(found.addresses)
+        self._protector.begin(found, cast(Outcome, from_json(outcome)))
+
+    def rebuild(self, rank: int, record: Json, plan: Json, lost: Sequence[int]) -> int:
+        number, found = self._plans, cast(CommitRecord, from_json(record))
+        how = ProtectionPlan.from_json(plan)
+        self._links.connect(how.addresses)
+        self._arena(rank)
+        self._protector.rebuild(rank, found, how, lost)
+        if number != self._plans:
+            self.quarantine(rank, found.version)
+            raise SnapshotError(f"version {found.version} of rank {rank} is rebuilt too late: another epoch has begun")
+        return found.version
 
     def kill(self, pid: int) -> None:
         if pid <= 1 or pid == os.getpid():  # 0 and negative numbers mean whole groups of processes
@@ -133,6 +191,8 @@ class Keeper:
 
     def close(self) -> None:
         """Free all memory that no worker has mapped."""
+        self._protector.close()
+        self._links.close()
         with self._lock:
             arenas, self._arenas = self._arenas, {}
             for arena in arenas.values():
@@ -140,8 +200,12 @@ class Keeper:
 
     # -- versions -------------------------------------------------------------------------------------------------
 
-    def inventory(self) -> dict[int, list[Json]]:
-        return {rank: [_offered(held) for held in held_versions(arena)] for rank, arena in self._arenas.items()}
+    def inventory(self, epoch: int = 0) -> Json:
+        if epoch > self._fence_epoch:
+            self.fence(epoch)
+        held = {rank: [_offered(held) for held in held_versions(arena)] for rank, arena in self._arenas.items()}
+        report = to_json(self._protector.report())
+        return {"held": held, "parity": self._protector.parity_keys(), "report": report}
 
     def verify(self, rank: int, version: int) -> list[str]:
         with self._reading(rank, version) as held:
@@ -155,6 +219,7 @@ class Keeper:
                     slot = buffer.describe()
                     if slot.version > version or slot.state is BufferState.FILLING:
                         buffer.release()
+        self._protector.forget_above(version)
 
     def quarantine(self, rank: int, version: int) -> None:
         for buffer in self._arena(rank).buffers:
@@ -168,7 +233,9 @@ class Keeper:
             for damage in held.damage():
                 raise damage
             manifest = held.buffer.manifest(held.slot)
-            receipt = write_rank(open_storage(uri), directory, rank, data=[held.data.data], manifest=manifest)
+            receipt = write_rank(
+                open_storage(uri, self._throttle), directory, rank, data=[held.data.data], manifest=manifest
+            )
             if not held.is_unchanged():
                 raise SnapshotError(
                     f"version {version} of rank {rank} was replaced while it was written to {directory}"
@@ -218,10 +285,11 @@ class Keeper:
     def _share_memory(self) -> None:
         """What is not reserved yet is divided among the ranks that have reserved nothing."""
         boards = [arena.board for arena in self._arenas.values()]
-        reserved = sum(board.capacity * board.buffers for board in boards)
+        reserved = sum(board.capacity * (board.buffers + self._parity_ratio) for board in boards)
         waiting = [board for board in boards if board.capacity == 0]
         for board in waiting:
-            board.limit_bytes = max(self._limit_bytes - reserved, 0) // len(waiting)
+            share = max(self._limit_bytes - reserved, 0) / len(waiting)
+            board.limit_bytes = int(share * self._buffers / (self._buffers + self._parity_ratio))
 
     @contextmanager
     def _reading(self, rank: int, version: int) -> Iterator[Held]:
@@ -259,6 +327,7 @@ def _offered(held: Held) -> Json:
         "version": held.slot.version,
         "epoch": held.slot.epoch,
         "state": held.slot.state.name,
+        "digest": held.slot.manifest_digest,
         "world": held.manifest.world,
         "bytes": held.slot.data_bytes + held.slot.manifest_bytes,
     }

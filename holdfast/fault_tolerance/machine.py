@@ -137,7 +137,8 @@ def _keep_spares(run: Situation, now: float) -> None:
     if run.spares_lost <= run.recovery.max_failures:
         run.act(*run.crew.fill_spares(incident=run.ledger.failures, now=now))
     has_lost = run.ledger.failures + run.spares_lost > 0
-    run.announce(*run.protection.measure(run.crew.spares, has_lost=has_lost))
+    is_encoded = run.encoded_epoch == run.epoch
+    run.announce(*run.protection.measure(run.crew.spares, has_lost=has_lost, is_encoded=is_encoded))
 
 
 def _finish_if_all_have_left(run: Situation, now: float) -> None:
@@ -167,6 +168,10 @@ def _beats(run: Situation, message: m.Beats, now: float) -> None:
         run.ledger.reached(run.watch.top_step)
 
 
+def _protected(run: Situation, message: m.Protected, now: float) -> None:
+    run.encoded_epoch = max(run.encoded_epoch, message.epoch)
+
+
 def _stop_asked(run: Situation, message: m.StopAsked, now: float) -> None:
     if run.stage is Stage.STOP:
         return
@@ -191,6 +196,7 @@ _HANDLERS: Mapping[type[m.Message], Callable[[Situation, Any, float], None]] = {
     m.InventoryTaken: regroup.inventory_taken,
     m.CheckpointLoaded: regroup.checkpoint_loaded,
     m.CheckpointRefused: regroup.checkpoint_refused,
+    m.Protected: _protected,
     m.Beats: _beats,
     m.Tick: deadlines.tick,
     m.StopAsked: _stop_asked,

@@ -18,7 +18,7 @@ from holdfast import __version__
 from holdfast.errors import ManifestMismatch, ShardCorrupt
 from holdfast.types import Quantization, SliceSpec
 
-__all__ = ["FORMAT_VERSION", "Entry", "Manifest", "damaged_slices", "digest", "lay_out"]
+__all__ = ["FORMAT_VERSION", "Entry", "Manifest", "ManifestWriter", "damaged_slices", "digest", "lay_out"]
 
 FORMAT_VERSION = 1
 WRITER = f"holdfast {__version__}"
@@ -86,14 +86,9 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Arrow stream and digest."""
-        schema = _COLUMNS.with_metadata({"holdfast": json.dumps(self._head())})
-        rows = [_row(entry) for entry in self.entries]
-        columns = [pa.array([row[i] for row in rows], type=field.type) for i, field in enumerate(_COLUMNS)]
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, schema) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-        stream: bytes = sink.getvalue().to_pybytes()
-        return stream + bytes.fromhex(digest(stream))
+        specs = [entry.spec for entry in self.entries]
+        places = [(entry.offset, entry.length) for entry in self.entries]
+        return ManifestWriter(specs, places).to_bytes(self, [entry.digest for entry in self.entries])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
@@ -115,7 +110,8 @@ class Manifest:
         columns = [table.column(name).to_pylist() for name in _COLUMNS.names]
         return cls(entries=tuple(_entry(*row) for row in zip(*columns, strict=True)), **head)
 
-    def _head(self) -> dict[str, object]:
+    def head(self) -> dict[str, object]:
+        """Everything but the entries, as JSON values."""
         return {
             "format_version": self.format_version,
             "writer": self.writer,
@@ -126,6 +122,25 @@ class Manifest:
             "config_digest": self.config_digest,
             "scalars": self.scalars,
         }
+
+
+class ManifestWriter:
+    """Writes the manifests of many versions of one state, of which only scalars and digests differ."""
+
+    def __init__(self, specs: Sequence[SliceSpec], places: Sequence[tuple[int, int]]) -> None:
+        """``places``: offset and length of each slice."""
+        rows = [_row(spec, *place) for spec, place in zip(specs, places, strict=True)]
+        fixed = [field for field in _COLUMNS if field.name != "digest"]
+        self._columns = [pa.array([row[i] for row in rows], type=field.type) for i, field in enumerate(fixed)]
+
+    def to_bytes(self, about: Manifest, digests: Sequence[str]) -> bytes:
+        """``about`` without regard to its entries, as Arrow stream and digest; one digest per slice."""
+        schema = _COLUMNS.with_metadata({"holdfast": json.dumps(about.head())})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(pa.record_batch([*self._columns, pa.array(digests, type=pa.string())], schema=schema))
+        stream: bytes = sink.getvalue().to_pybytes()
+        return stream + bytes.fromhex(digest(stream))
 
 
 def damaged_slices(data: Any, manifest: Manifest) -> Iterator[ShardCorrupt]:
@@ -139,14 +154,10 @@ def damaged_slices(data: Any, manifest: Manifest) -> Iterator[ShardCorrupt]:
             )
 
 
-def _row(entry: Entry) -> tuple[object, ...]:
-    spec, blocks = entry.spec, entry.spec.quantization
+def _row(spec: SliceSpec, offset: int, length: int) -> tuple[object, ...]:
+    blocks = spec.quantization
     quantization = (None, None, None) if blocks is None else (blocks.block_size, blocks.codebook, blocks.absmax)
-    return (
-        *(spec.name, spec.shape, spec.start, spec.stop, spec.dtype),
-        *quantization,
-        *(entry.offset, entry.length, entry.digest),
-    )
+    return (spec.name, spec.shape, spec.start, spec.stop, spec.dtype, *quantization, offset, length)
 
 
 def _entry(

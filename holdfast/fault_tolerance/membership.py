@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from holdfast.errors import ConfigurationError
+from holdfast.fault_tolerance.lanes import Lane
 from holdfast.fault_tolerance.messages import Member, Outcome, StartKeeper, StartWorker
 
 __all__ = ["Crew", "Keepers", "Layout", "Worker", "WorkerState"]
@@ -26,6 +27,8 @@ class Layout:
     spares: int
     hosts: tuple[str, ...]
     """Host of each node. A worker can take any seat on its host, because keepers share memory with it."""
+    lanes: tuple[Lane, ...] = ()
+    """Which ranks protect each other; none where nothing but each node's own memory is kept."""
 
     def __post_init__(self) -> None:
         problems = [

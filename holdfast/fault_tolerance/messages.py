@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from holdfast.events import Event
+from holdfast.fault_tolerance.lanes import Recorded
 from holdfast.types import Phase
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "Member",
     "Message",
     "Outcome",
+    "Protected",
     "Quarantine",
+    "Rebuild",
     "StartEpoch",
     "StartKeeper",
     "StartWorker",
@@ -161,11 +164,24 @@ class InventoryTaken(Message):
     """Steps of the good durable checkpoints, newest first."""
     rejected: tuple[str, ...] = ()
     """Durable checkpoints that cannot be used, each with its reason."""
+    recorded: tuple[Recorded, ...] = ()
+    """Versions that the keepers have committed together, newest first, and what is left of each."""
+    foreign: tuple[int, ...] = ()
+    """Those of ``durable`` that were written in another layout: no keeper can load them, but every rank can read its
+    part itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Protected(Message):
+    """The newest version that the keepers have committed in ``epoch``, data and parity."""
+
+    epoch: int
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointLoaded(Message):
-    """Answer to :class:`LoadCheckpoint`: every rank's keeper holds ``step``."""
+    """Answer to :class:`LoadCheckpoint` or :class:`Rebuild`: every rank's keeper holds ``step``."""
 
     epoch: int
     step: int
@@ -173,7 +189,7 @@ class CheckpointLoaded(Message):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRefused(Message):
-    """Answer to :class:`LoadCheckpoint`: it cannot be read or is damaged."""
+    """Answer to :class:`LoadCheckpoint` or :class:`Rebuild`: it cannot be read or is damaged."""
 
     epoch: int
     step: int
@@ -271,6 +287,18 @@ class LoadCheckpoint(Action):
 
 
 @dataclass(frozen=True, slots=True)
+class Rebuild(Action):
+    """Decode what ``ranks`` had of a recorded version from what their lanes hold; answer CheckpointLoaded or
+    CheckpointRefused."""
+
+    epoch: int
+    version: int
+    record_epoch: int
+    """In which the version was committed."""
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StartEpoch(Action):
     """The keepers forget everything newer than ``version``, then every member trains from it; -1 is a fresh model.
     Each member answers WorkerParked when it leaves the epoch."""
@@ -278,6 +306,8 @@ class StartEpoch(Action):
     epoch: int
     members: tuple[Member, ...]
     version: int
+    from_storage: bool = False
+    """The members read ``version`` from its durable checkpoint; a member that cannot use it leaves as CORRUPT."""
 
 
 @dataclass(frozen=True, slots=True)

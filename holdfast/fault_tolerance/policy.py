@@ -1,8 +1,8 @@
 """From which version a membership epoch starts. Pure: an inventory goes in, a reasoned decision comes out.
 
-Sources, best first: the newest version that every rank holds in keeper memory, unless a durable checkpoint is
-newer; the newest durable checkpoint; a fresh model, but only where no checkpoint was ever seen. Checkpoints
-that exist and cannot be read end the run: starting over would bury them.
+The newest state wins. Of equally new ones the best source: the memory of all ranks' own keepers; parity, where some
+have lost theirs; a durable checkpoint. A fresh model is a source only where no checkpoint was ever seen: checkpoints
+that exist and cannot be read end the run, as starting over would bury them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from holdfast.fault_tolerance.lanes import Lane, Recorded, lost_beyond_repair
 from holdfast.fault_tolerance.messages import HeldVersion
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FRESH",
     "MEMORY",
     "NOTHING",
+    "PARITY",
     "Decision",
     "View",
     "decide",
@@ -25,7 +27,7 @@ __all__ = [
     "newest_common",
 ]
 
-MEMORY, DISK, FRESH, NOTHING = "keeper memory", "disk", "fresh", "nothing"
+MEMORY, PARITY, DISK, FRESH, NOTHING = "keeper memory", "parity", "disk", "fresh", "nothing"
 """Words of :attr:`Decision.source`."""
 
 DO_NOT_RESTART = 93
@@ -41,6 +43,11 @@ class View:
 
     world: int
     held: Held
+    recorded: tuple[Recorded, ...] = ()
+    """Versions that the keepers have committed together."""
+    lanes: tuple[Lane, ...] = ()
+    spoilt: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """Version and epoch of records from which a rank could not be rebuilt, with the reason."""
     durable: tuple[int, ...] = ()
     """Steps of checkpoints believed good."""
     refused: Mapping[int, str] = field(default_factory=dict)
@@ -63,6 +70,8 @@ class Decision:
     """Set when the run must end instead."""
     writer_epoch: int | None = None
     """Membership epoch that wrote the chosen version in memory."""
+    recorded: Recorded | None = None
+    """What is left of the version that has to be rebuilt from parity."""
 
 
 def newest_common(held: Held, world: int) -> int | None:
@@ -73,15 +82,31 @@ def newest_common(held: Held, world: int) -> int | None:
 
 def decide(view: View) -> Decision:
     """Choose the newest state that is exact on every rank."""
-    memory = _common(view.held, view.world)
+    memory, parity = _common(view.held, view.world), _restorable(view)
     disk = max((step for step in view.durable if step not in view.refused), default=None)
-    if memory is not None and (disk is None or memory[0] >= disk):
+    known = (None if memory is None else memory[0], None if parity is None else parity.version, disk)
+    newest = max((version for version in known if version is not None), default=None)
+    if newest is None:
+        return _give_up(view) if view.rejected or view.refused else _afresh(view)
+    if memory is not None and memory[0] == newest:
         return _from_memory(view, *memory)
-    if disk is not None:
-        return _from_disk(view, disk, memory)
-    if view.rejected or view.refused:
-        return _give_up(view)
-    return Decision(-1, FRESH, "no version in memory is complete and there is no checkpoint", _torn(view, above=-1))
+    if parity is not None and parity.version == newest:
+        return _from_parity(view, parity)
+    return _from_disk(view, newest, memory)
+
+
+def _restorable(view: View) -> Recorded | None:
+    """The newest recorded version that parity makes whole."""
+    good = (r for r in view.recorded if not _against_parity(view, r))
+    return max(good, key=lambda recorded: (recorded.version, recorded.epoch), default=None)
+
+
+def _against_parity(view: View, recorded: Recorded) -> str:
+    if (recorded.version, recorded.epoch) in view.spoilt:
+        return view.spoilt[recorded.version, recorded.epoch]
+    if not recorded.absent:
+        return "no rank has lost it"
+    return lost_beyond_repair(recorded, view.lanes)
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
@@ -109,10 +134,23 @@ def _from_memory(view: View, version: int, epoch: int) -> Decision:
     return Decision(version, MEMORY, reason, against, writer_epoch=epoch)
 
 
+def _from_parity(view: View, recorded: Recorded) -> Decision:
+    lost = name_ranks(recorded.absent)
+    reason = f"version {recorded.version} is complete but for {lost}, which parity restores"
+    against = _torn(view, above=recorded.version) + _refusals(view, above=recorded.version)
+    return Decision(recorded.version, PARITY, reason, against, recorded=recorded)
+
+
+def _afresh(view: View) -> Decision:
+    reason = "no version in memory is complete and there is no checkpoint"
+    return Decision(-1, FRESH, reason, _torn(view, above=-1) + _unrestorable(view, above=-1))
+
+
 def _from_disk(view: View, step: int, memory: tuple[int, int] | None) -> Decision:
     why = "no version in memory is complete" if memory is None else f"version {memory[0]} in memory is older"
     reason = f"the checkpoint of step {step} is the newest that can be read; {why}"
-    return Decision(step, DISK, reason, _torn(view, above=step) + _refusals(view, above=step) + view.rejected)
+    against = _torn(view, above=step) + _unrestorable(view, above=step) + _refusals(view, above=step)
+    return Decision(step, DISK, reason, against + view.rejected)
 
 
 def _give_up(view: View) -> Decision:
@@ -128,6 +166,12 @@ def _give_up(view: View) -> Decision:
 def _refusals(view: View, *, above: int) -> tuple[str, ...]:
     newer = sorted((step for step in view.refused if step > above), reverse=True)
     return tuple(f"checkpoint of step {step}: {view.refused[step]}" for step in newer)
+
+
+def _unrestorable(view: View, *, above: int) -> tuple[str, ...]:
+    """Why each recorded version newer than ``above`` cannot be rebuilt, newest first."""
+    newer = sorted((r for r in view.recorded if r.version > above and r.absent), key=lambda r: (-r.version, -r.epoch))
+    return tuple(f"version {r.version} from parity: {_against_parity(view, r)}" for r in newer)
 
 
 def _torn(view: View, *, above: int) -> tuple[str, ...]:

@@ -11,39 +11,46 @@ from holdfast.fault_tolerance.policy import name_ranks
 __all__ = ["DEGRADED", "FULL", "REDUCED", "ProtectionGauge", "missing_pieces"]
 
 FULL, REDUCED, DEGRADED = "full", "reduced", "degraded"
-"""All spares are warm; fewer are; the run is recovering."""
+"""All spares are warm and parity is whole; something is missing; the run is recovering."""
 
 
 class ProtectionGauge:
     """Says when the level of protection changes, and nothing while it stays."""
 
-    def __init__(self, spares: int) -> None:
-        self._spares = spares
-        self._level, self._ready = FULL, spares
+    def __init__(self, spares: int, *, has_parity: bool) -> None:
+        self._spares, self._has_parity = spares, has_parity
+        self._said = (FULL, "")
 
     def degraded(self) -> list[Protection]:
         """A recovery begins."""
-        if self._level == DEGRADED:
+        if self._said[0] == DEGRADED:
             return []
-        self._level = DEGRADED
-        return [Protection(DEGRADED, "the run is recovering; another loss now is repaired together with this one")]
+        return self._say(DEGRADED, "the run is recovering; another loss now is repaired together with this one")
 
-    def measure(self, spares: Sequence[Worker], *, has_lost: bool) -> list[Protection]:
-        """Everybody trains. Spares of the first hour that are still warming up are no news."""
-        ready = sum(spare.state is WorkerState.IDLE for spare in spares)
+    def measure(self, spares: Sequence[Worker], *, has_lost: bool, is_encoded: bool) -> list[Protection]:
+        """Everybody trains. Spares of the first hour that are still warming up are no news, nor is the first parity.
+
+        ``is_encoded``: the keepers have committed a version since the epoch began.
+        """
         if not has_lost:
             return []
-        level = FULL if ready >= self._spares else REDUCED
-        if (level, ready) == (self._level, self._ready):
-            return []
-        self._level, self._ready = level, ready
-        return [Protection(level, self._reason(level, ready))]
+        ready = sum(spare.state is WorkerState.IDLE for spare in spares)
+        if self._has_parity and not is_encoded:
+            lost = "a node lost now costs the steps since the last checkpoint"
+            return self._say(REDUCED, f"parity is being computed anew; until it is, {lost}")
+        if ready < self._spares:
+            return self._say(
+                REDUCED, f"{ready} of {self._spares} spares are warm; the next replacement may have to start cold"
+            )
+        whole = "any worker or node" if self._has_parity else "any worker"
+        stand_by = f"{ready} warm spare(s) stand by" if self._spares else "without spares, as configured"
+        return self._say(FULL, f"{whole} can be replaced from memory; {stand_by}")
 
-    def _reason(self, level: str, ready: int) -> str:
-        if level == FULL:
-            spares = f"{ready} warm spare(s) stand by" if self._spares else "without spares, as configured"
-            return f"any worker can be replaced from memory; {spares}"
-        return f"{ready} of {self._spares} spares are warm; the next replacement may have to start cold"
+    def _say(self, level: str, reason: str) -> list[Protection]:
+        if (level, reason) == self._said:
+            return []
+        self._said = (level, reason)
+        return [Protection(level, reason)]
 
 
 def missing_pieces(crew: Crew, keepers: Keepers, *, loading: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from holdfast.events import EpochStarted, RecoveryPlanned
 from holdfast.fault_tolerance import messages as m
@@ -45,7 +46,7 @@ def checkpoint_refused(run: Situation, message: m.CheckpointRefused, now: float)
 
 
 def refuse_checkpoint(run: Situation, reason: str, now: float) -> None:
-    """The checkpoint that is being loaded cannot be used; take the next best source."""
+    """What is being loaded or rebuilt cannot be used; take the next best source."""
     run.sources.refuse(run.loading, reason)
     _decide(run, now)
 
@@ -59,14 +60,25 @@ def _decide(run: Situation, now: float) -> None:
     if decision.exit_code is not None:
         run.failed(decision.exit_code, decision.reason, now)
         return
+    is_direct = run.sources.is_direct(decision)
+    if is_direct:
+        decision = replace(decision, reason=f"{decision.reason}; another layout wrote it, each rank reads its part")
     if run.ledger.outage is not None or decision.source != FRESH:
         run.announce(_plan(run, decision))
-    if decision.source == DISK:
-        run.stage, run.loading = Stage.LOAD, decision.version
-        run.deadline_s = now + run.recovery.step_timeout_s
-        run.act(m.LoadCheckpoint(run.epoch, decision.version))
+    if decision.recorded is not None:
+        found = decision.recorded
+        _load(run, m.Rebuild(run.epoch, found.version, found.epoch, found.absent), found.version, now)
+    elif decision.source == DISK and not is_direct:
+        _load(run, m.LoadCheckpoint(run.epoch, decision.version), decision.version, now)
     else:
-        _start_epoch(run, decision.version, now)
+        _start_epoch(run, decision.version, now, from_storage=is_direct)
+
+
+def _load(run: Situation, action: m.Action, version: int, now: float) -> None:
+    """Memory has to be made whole before anybody can start from it."""
+    run.stage, run.loading = Stage.LOAD, version
+    run.deadline_s = now + run.recovery.step_timeout_s
+    run.act(action)
 
 
 def _plan(run: Situation, decision: Decision) -> RecoveryPlanned:
@@ -74,12 +86,12 @@ def _plan(run: Situation, decision: Decision) -> RecoveryPlanned:
     return RecoveryPlanned(number, decision.source, decision.version, decision.reason, decision.rejected)
 
 
-def _start_epoch(run: Situation, version: int, now: float) -> None:
+def _start_epoch(run: Situation, version: int, now: float, *, from_storage: bool = False) -> None:
     members = run.crew.members()
     run.ledger.epoch_starts(version, is_restart=run.watch is not None, now=now)
     run.watch = EpochWatch(run.epoch, version, members, now)
     for worker in run.crew.seated:
         worker.train(run.epoch, now)
     run.stage, run.deadline_s = Stage.RUN, math.inf
-    run.act(m.StartEpoch(run.epoch, members, version))
+    run.act(m.StartEpoch(run.epoch, members, version, from_storage))
     run.announce(EpochStarted(run.epoch, len(members), version))

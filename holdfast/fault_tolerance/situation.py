@@ -43,8 +43,10 @@ class Situation:
         self.crew = Crew(layout, recovery.start_timeout_s)
         self.keepers = Keepers(layout.nodes, recovery.start_timeout_s)
         self.ledger = Ledger(max_failures=recovery.max_failures, max_no_progress=recovery.max_no_progress)
-        self.sources = Sources(layout.world)
-        self.protection = ProtectionGauge(layout.spares)
+        self.sources = Sources(layout.world, layout.lanes)
+        self.protection = ProtectionGauge(layout.spares, has_parity=any(lane.parity for lane in layout.lanes))
+        self.encoded_epoch = -1
+        """The newest in which the keepers have committed a version, data and parity."""
         self.stage = Stage.NEW
         self.deadline_s = math.inf
         """When the stage will have lasted too long."""

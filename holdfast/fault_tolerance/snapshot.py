@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import mmap
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,12 +15,14 @@ import torch
 from holdfast import failpoints
 from holdfast.errors import Abort, InsufficientShards, InvariantViolation, ManifestMismatch
 from holdfast.fault_tolerance.arena import Arena
-from holdfast.fault_tolerance.buffer import Buffer, BufferState, Bytes
-from holdfast.fault_tolerance.capture import Plan, byte_view
-from holdfast.fault_tolerance.manifest import Manifest, damaged_slices, digest
-from holdfast.fault_tolerance.rotation import choose_target, superseded
+from holdfast.fault_tolerance.buffer import Buffer, Bytes
+from holdfast.fault_tolerance.capture import Pace, Plan, byte_view
+from holdfast.fault_tolerance.copier import Copier, VersionCopy
+from holdfast.fault_tolerance.manifest import Manifest, damaged_slices
+from holdfast.fault_tolerance.rotation import choose_target, newest_committed, superseded
+from holdfast.fault_tolerance.staging import Control, Fence
 from holdfast.fault_tolerance.versions import copy_versions, find_version
-from holdfast.types import RankState
+from holdfast.types import CopyReport, RankState
 
 __all__ = ["ArenaSnapshotter", "MemorySnapshotter", "Snapshotter", "copy_versions", "required_bytes"]
 
@@ -29,10 +32,11 @@ logger = logging.getLogger(__name__)
 class Snapshotter(Protocol):
     """Called in the training thread of one rank. Versions grow.
 
-    ``offer`` captures the state; False means that no buffer could be spared and the version was skipped, which is
-    no error. The live tensors may change only after ``fence``, which returns the seconds it waited. ``commit`` is
-    called when all ranks hold the version; older ones may go then. ``restore_into`` verifies every digest before it
-    writes the first byte of live state, and returns the scalars.
+    ``offer`` begins to capture the state and returns at once; False means that no buffer could be spared and the
+    version was skipped, which is no error. The live tensors may change only after ``fence``, which waits for the
+    copy and reports what became of the version. ``commit`` is called when all ranks hold the version; older ones may
+    go then. ``restore_into`` verifies every digest before it writes the first byte of live state, and returns the
+    scalars. ``close`` ends what runs; afterwards the live tensors may go.
 
     Raises: Abort once the rank's epoch is over; InsufficientShards, ShardCorrupt and ManifestMismatch from
     ``restore_into``.
@@ -40,67 +44,136 @@ class Snapshotter(Protocol):
 
     def offer(self, state: RankState, version: int) -> bool: ...
 
-    def fence(self) -> float: ...
+    def fence(self) -> CopyReport: ...
 
     def commit(self, version: int) -> None: ...
 
+    @property
+    def newest_committed(self) -> int: ...
+
     def restore_into(self, state: RankState, version: int) -> Mapping[str, object]: ...
+
+    def close(self) -> None: ...
 
 
 def required_bytes(state: RankState) -> int:
     """Bytes that one buffer needs for snapshots of this state, manifest included, in whole pages."""
-    plan = Plan(state.slices)
-    manifest = Manifest(0, 0, 0, 0, state.scalars, plan.blank_entries())
-    return -(-(plan.data_bytes + len(manifest.to_bytes())) // mmap.PAGESIZE) * mmap.PAGESIZE
+    plan, about = Plan(state.slices), Manifest(0, 0, 0, 0, state.scalars, ())
+    manifest = plan.manifests.to_bytes(about, ["0" * 32] * len(state.slices))
+    return -(-(plan.data_bytes + len(manifest)) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+_LOOK_S = 0.05
+"""Between two looks at the epoch while a copy is waited for."""
+_LAST_COPY_S = 5.0
+"""Patience with a copy that runs while its rank leaves the epoch."""
 
 
 class ArenaSnapshotter:
     """See :class:`Snapshotter`. Copies into memory that outlives this process; one object per membership epoch.
 
-    Everything is copied before ``offer`` returns. A version becomes FILLED only after its data and its manifest are in
-    place and only while the epoch lasts. With ``persist_every`` every such version, once committed, keeps its buffer
+    A thread of its own copies while the next step is computed, at low priority and at most ``max_bytes_per_s`` (0: as
+    fast as it goes); once the training thread waits at the fence, only speed counts. A version becomes FILLED when
+    its data and its manifest are in place and only while the epoch lasts. A copy that is not over ``fence_timeout_s``
+    after the fence began is given up. With ``persist_every`` every such version, once committed, keeps its buffer
     until it is a durable checkpoint, a later one is due, or the buffer is needed.
+
+    Source: DataStates-LLM, arXiv 2406.10707, section 4.
     """
 
     def __init__(
-        self, arena: Arena, *, rank: int, world: int, epoch: int, config_digest: str = "", persist_every: int = 0
+        self,
+        arena: Arena,
+        *,
+        rank: int,
+        world: int,
+        epoch: int,
+        config_digest: str = "",
+        persist_every: int = 0,
+        max_bytes_per_s: float = 0.0,
+        fence_timeout_s: float = 60.0,
     ) -> None:
         self._arena, self._rank, self._world, self._epoch = arena, rank, world, epoch
         self._config_digest, self._persist_every = config_digest, persist_every
+        self._max_bytes_per_s, self._fence_timeout_s = max_bytes_per_s, fence_timeout_s
+        self._fence = Fence(arena.board.fence_word, epoch)
         self._plan = Plan(())
+        self._copier = Copier(f"snapshot-rank{rank}")
+        self._copy: VersionCopy | None = None
+        """The one that was begun last, until it is over and somebody has waited for it."""
+        self._is_open = False
+        """A version was offered, and nobody has waited at the fence since."""
         self.skipped = 0
         """Versions that were not taken because no buffer could be spared."""
+        self.failed = 0
+        """Versions that were begun and did not become complete."""
 
     def offer(self, state: RankState, version: int) -> bool:
         failpoints.hit("snapshot.before_capture", version)
         self._check_fence()
         self._make_plan(state)
-        buffer = self._claim(version)
+        scalars = json.loads(json.dumps(dict(state.scalars)))  # by value
+        is_busy = self._copy is not None and not self._copy.is_over  # given up at the fence, and still not gone
+        buffer = None if is_busy else self._claim(version)
         if buffer is None:
             self.skipped += 1
-            logger.warning("version %d is skipped: every buffer is still needed", version)
+            why = "the last copy is stuck" if is_busy else "every buffer is still needed"
+            logger.warning("version %d is skipped: %s", version, why)
             return False
-        try:
-            self._fill(buffer, state, version)
-        except BaseException:
-            if not self._is_fenced:  # otherwise the buffer may have a new owner already, who knows it for garbage
-                buffer.release()
-            raise
-        failpoints.hit("snapshot.after_capture", version)
+        manifest = Manifest(version, self._epoch, self._rank, self._world, scalars, (), self._config_digest)
+        pace = Pace(Control(), self._fence, self._max_bytes_per_s, low_priority=True)
+        self._copy, self._is_open = VersionCopy(self._plan, buffer, manifest, pace), True
+        self._copier.submit(self._copy.run)
         return True
 
-    def fence(self) -> float:
+    def fence(self) -> CopyReport:
         self._check_fence()
-        return 0.0
+        copy, is_open, self._is_open = self._copy, self._is_open, False
+        if copy is None or not is_open:
+            return CopyReport()
+        waited_s = self._wait_for(copy)
+        self._check_fence()
+        if not copy.is_complete:
+            self.failed += 1
+        if copy.is_over:
+            self._copy = None
+        return CopyReport(copy.version, copy.is_complete, waited_s, copy.copy_s)
+
+    def _wait_for(self, copy: VersionCopy) -> float:
+        started_s = time.perf_counter()
+        while not copy.wait(_LOOK_S):
+            self._check_fence()
+            if time.perf_counter() - started_s > self._fence_timeout_s:
+                copy.give_up(f"not copied within {self._fence_timeout_s:g} s")
+                logger.warning("version %d is given up: %s", copy.version, copy.why_not)
+                break
+        return time.perf_counter() - started_s
+
+    def close(self) -> None:
+        """A copy that runs may end first: what survivors of a fault still hold live may be the newest state."""
+        copy = self._copy
+        if copy is not None and not copy.wait(_LAST_COPY_S):
+            copy.give_up("its rank has left the epoch")
+            copy.wait(_LAST_COPY_S)
+        self._copier.close()
+        self._copy = None
 
     def commit(self, version: int) -> None:
         self._check_fence()
-        self._find(version).commit()
+        buffer = self._find(version)
+        if self._arena.board.is_protected:
+            return  # the keepers see it themselves, and flip it when there is parity too
+        buffer.commit()
         if self._persist_every and version and version % self._persist_every == 0:
             self._keep(version)
         for index in superseded(self._arena.slots(), version):
             self._arena.buffer(index).release()
         self._arena.board.note_committed(version)
+
+    @property
+    def newest_committed(self) -> int:
+        """The newest version that counts as complete everywhere, data and parity; -1 if there is none."""
+        return newest_committed(self._arena.slots())
 
     def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
         self._check_fence()
@@ -143,14 +216,6 @@ class ArenaSnapshotter:
                     raise InvariantViolation(f"version {version} is offered after {slot.version}; versions grow")
                 self._arena.buffer(index).release()
 
-    def _fill(self, buffer: Buffer, state: RankState, version: int) -> None:
-        entries = self._plan.capture(buffer.data, self._check_fence, version=version)
-        manifest = Manifest(
-            version, self._epoch, self._rank, self._world, state.scalars, entries, self._config_digest
-        ).to_bytes()
-        self._check_fence()
-        buffer.publish(manifest, digest(manifest), data_bytes=self._plan.data_bytes, state=BufferState.FILLED)
-
     # -- commit and restore ---------------------------------------------------------------------------------------
 
     def _find(self, version: int) -> Buffer:
@@ -175,12 +240,8 @@ class ArenaSnapshotter:
         if mine != stored:
             raise ManifestMismatch(f"version {manifest.version} was taken of {stored}, this is {mine}")
 
-    @property
-    def _is_fenced(self) -> bool:
-        return self._arena.board.fence_epoch > self._epoch
-
     def _check_fence(self) -> None:
-        if self._is_fenced:
+        if self._fence.is_closed:
             raise Abort(
                 f"epoch {self._epoch} of rank {self._rank} is over, epoch {self._arena.board.fence_epoch} began"
             )
@@ -190,7 +251,9 @@ class MemorySnapshotter:
     """See :class:`Snapshotter`. Keeps versions in this process, which therefore must live; never skips one."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[Bytes, Manifest]] = {}
+        self._held: dict[int, tuple[Bytes, bytes]] = {}
+        self._offered = -1
+        self.newest_committed = -1
 
     @property
     def versions(self) -> list[int]:
@@ -202,25 +265,33 @@ class MemorySnapshotter:
             raise InvariantViolation(f"version {version} is offered after {max(self._held)}; versions grow")
         plan = Plan(state.slices)
         data = np.zeros(plan.data_bytes, dtype=np.uint8)
-        entries = plan.capture(data, lambda: None, version=version)
-        scalars = json.loads(json.dumps(dict(state.scalars)))
-        self._held[version] = data, Manifest(version, 0, 0, 1, scalars, entries)
+        manifest = Manifest(version, 0, 0, 1, json.loads(json.dumps(dict(state.scalars))), ())
+        digests = plan.capture(data, Pace(), version=version)
+        self._held[version] = data, plan.manifests.to_bytes(manifest, digests or ())
+        self._offered = version
         return True
 
-    def fence(self) -> float:
-        return 0.0
+    def fence(self) -> CopyReport:
+        version, self._offered = self._offered, -1
+        return CopyReport(version, version >= 0)
 
     def commit(self, version: int) -> None:
         if version not in self._held:
             raise InvariantViolation(f"version {version} is to be committed but only {self.versions} are held")
         self._held = {held: copy for held, copy in self._held.items() if held >= version}
+        self.newest_committed = version
 
     def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
         if version not in self._held:
             raise InsufficientShards([0], f"version {version} is wanted, {self.versions or 'none'} held")
-        data, manifest = self._held[version]
+        data, stored = self._held[version]
+        manifest = Manifest.from_bytes(stored)
         _restore(data, manifest, state)
+        self.newest_committed = version
         return manifest.scalars
+
+    def close(self) -> None:
+        """Nothing runs."""
 
 
 def _restore(data: Bytes, manifest: Manifest, state: RankState) -> None:

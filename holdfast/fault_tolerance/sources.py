@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from holdfast.fault_tolerance.lanes import Lane
 from holdfast.fault_tolerance.messages import HeldVersion, InventoryTaken
-from holdfast.fault_tolerance.policy import Decision, View, decide
+from holdfast.fault_tolerance.policy import DISK, Decision, View, decide
 
 __all__ = ["Sources"]
 
@@ -11,12 +12,13 @@ __all__ = ["Sources"]
 class Sources:
     """Gathers evidence for and against every source; ``decide`` turns it into a decision."""
 
-    def __init__(self, world: int) -> None:
-        self._world = world
+    def __init__(self, world: int, lanes: tuple[Lane, ...] = ()) -> None:
+        self._world, self._lanes = world, lanes
         self._inventory = InventoryTaken(-1, {})
         self._decision: Decision | None = None
         self._damaged: set[tuple[int, HeldVersion]] = set()
         self._refused: dict[int, str] = {}
+        self._spoilt: dict[tuple[int, int], str] = {}
         self._rejected: dict[str, None] = {}  # an ordered set
 
     def take(self, inventory: InventoryTaken) -> None:
@@ -24,15 +26,27 @@ class Sources:
         self._inventory = inventory
         self._rejected.update(dict.fromkeys(inventory.rejected))
 
-    def damaged(self, rank: int, version: int) -> None:
-        """The copy that ``rank`` was to restore failed its digests."""
+    def damaged(self, rank: int, version: int, reason: str) -> None:
+        """What ``rank`` was to restore cannot be used: its copy in memory, or a checkpoint that it read itself."""
         decision = self._decision
-        if decision is not None and decision.version == version and decision.writer_epoch is not None:
+        if decision is None or decision.version != version:
+            return
+        if self.is_direct(decision) or decision.recorded is not None:
+            self.refuse(version, reason)
+        elif decision.writer_epoch is not None:
             self._damaged.add((rank, HeldVersion(version, decision.writer_epoch, self._world)))
 
     def refuse(self, step: int, reason: str) -> None:
-        """The durable checkpoint of ``step`` could not be loaded."""
-        self._refused[step] = reason
+        """The durable checkpoint of ``step`` could not be loaded, or the version not be rebuilt."""
+        recorded = None if self._decision is None else self._decision.recorded
+        if recorded is None:
+            self._refused[step] = reason
+        else:
+            self._spoilt[recorded.version, recorded.epoch] = reason
+
+    def is_direct(self, decision: Decision) -> bool:
+        """The ranks must read the checkpoint themselves, because it was written in another layout."""
+        return decision.source == DISK and decision.version in self._inventory.foreign
 
     def newest_written_in(self, epoch: int) -> int:
         """Newest version that any rank completed in ``epoch``; -1 if there is none."""
@@ -46,6 +60,9 @@ class Sources:
             View(
                 world=self._world,
                 held={r: [h for h in held if (r, h) not in self._damaged] for r, held in inventory.held.items()},
+                recorded=inventory.recorded,
+                lanes=self._lanes,
+                spoilt=self._spoilt,
                 durable=inventory.durable,
                 refused=self._refused,
                 rejected=tuple(self._rejected),

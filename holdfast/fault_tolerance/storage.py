@@ -18,19 +18,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import unquote, urlsplit
 
 from holdfast.errors import ConfigurationError, InvariantViolation, SnapshotError
+from holdfast.fault_tolerance.storage_uri import parse_uri
+from holdfast.fault_tolerance.throttle import Throttle
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DirectoryStorage", "MemoryStorage", "Storage", "open_storage"]
+__all__ = ["MARK", "SEAL", "DirectoryStorage", "MemoryStorage", "Storage", "checked", "flat", "open_storage", "whole"]
 
 logger = logging.getLogger(__name__)
 
-_MARK = ".tmp-"
+MARK = ".tmp-"
 """In the name of everything that is not finished: files being written, directories being deleted."""
+SEAL = "commit.json"
+"""The file of a directory that says that all others are there."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,6 +53,10 @@ class Storage(Protocol):
 
     def read(self, path: str) -> bytes: ...
 
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` up to, not including, ``stop`` of a file; it is an error if the file ends before ``stop``."""
+        ...
+
     def size(self, path: str) -> int:
         """Bytes of a file."""
         ...
@@ -63,11 +70,13 @@ class Storage(Protocol):
         ...
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file or directory a new name in one step; ``new`` must not exist."""
+        """Give a file or directory a new name; ``new`` must not exist. In one step, except for directories in object
+        stores: there ``SEAL`` arrives last under the new name and goes first from the old one."""
         ...
 
     def delete(self, path: str) -> None:
-        """Remove a file or directory and all in it. It is gone from ``list`` before its first file is, and for good."""
+        """Remove a file or directory and all in it, for good. It is gone from ``list`` before its first file is; in
+        object stores its ``SEAL`` is the first file that goes."""
         ...
 
     def sweep(self) -> Sequence[str]:
@@ -78,35 +87,35 @@ class Storage(Protocol):
         ...
 
 
-def open_storage(uri: str) -> Storage:
-    """The storage named by an absolute path or ``file://`` URI.
+def open_storage(uri: str, throttle: Throttle | None = None) -> Storage:
+    """The storage named by an absolute path or a URI, see :mod:`~holdfast.fault_tolerance.storage_uri`; ``throttle``
+    bounds what is written.
 
-    Raises: ConfigurationError for a relative path or another scheme.
+    Raises: ConfigurationError for a relative path, another scheme or unknown options, SnapshotError for a file system
+    that cannot be reached.
     """
-    parts = urlsplit(uri)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return DirectoryStorage(unquote(parts.path))
-    if uri.startswith("/"):
-        return DirectoryStorage(uri)
-    raise ConfigurationError(
-        f"storage {uri!r} must be an absolute path or a file:// URI, for example {str(Path(parts.path).absolute())!r}"
-    )
+    parsed = parse_uri(uri)
+    if not parsed.scheme:
+        return DirectoryStorage(parsed.path, throttle)
+    from holdfast.fault_tolerance.object_storage import open_remote  # pyarrow.fs, for those who need it
+
+    return open_remote(uri, throttle or Throttle())
 
 
 class DirectoryStorage:
     """A directory of a local or network file system whose rename is atomic."""
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = Path(root)
+    def __init__(self, root: str | os.PathLike[str], throttle: Throttle | None = None) -> None:
+        self._root, self._throttle = Path(root), throttle or Throttle()
         if not self._root.is_absolute():
             raise ConfigurationError(f"storage root {str(root)!r} must be absolute, e.g. {self._root.absolute()}")
 
     def write(self, path: str, buffers: Iterable[Buffer]) -> int:
-        target, views = self._at(path), _flat(buffers)
+        target, views = self._at(path), flat(buffers)
         temporary, total = _unfinished(target), sum(view.nbytes for view in views)
         try:
             _make_directories(target.parent)
-            _write_durably(temporary, views)
+            _write_durably(temporary, self._throttle.paced(views))
             os.replace(temporary, target)
             _sync(target.parent)
         except BaseException as error:
@@ -119,6 +128,11 @@ class DirectoryStorage:
     def read(self, path: str) -> bytes:
         with _naming("read", self._at(path)) as target:
             return target.read_bytes()
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        with _naming("read", self._at(path)) as target, target.open("rb", buffering=0) as file:
+            os.lseek(file.fileno(), start, os.SEEK_SET)
+            return whole(path, start, stop, _read_up_to(file.fileno(), stop - start))
 
     def size(self, path: str) -> int:
         with _naming("read", self._at(path)) as target:
@@ -137,7 +151,7 @@ class DirectoryStorage:
                 names = os.listdir(target)
             except FileNotFoundError:  # any other trouble must not look like an empty directory
                 return []
-            return sorted(name for name in names if _MARK not in name)
+            return sorted(name for name in names if MARK not in name)
 
     def rename(self, old: str, new: str) -> None:
         with _naming("rename", self._at(old)) as source:
@@ -166,7 +180,7 @@ class DirectoryStorage:
         return [str(path.relative_to(self._root)) for path in found]
 
     def _at(self, path: str) -> Path:
-        return self._root / _checked(path)
+        return self._root / checked(path)
 
 
 class MemoryStorage:
@@ -177,7 +191,7 @@ class MemoryStorage:
         self._lock = threading.Lock()
 
     def write(self, path: str, buffers: Iterable[Buffer]) -> int:
-        name, content = _checked(path), b"".join(_flat(buffers))
+        name, content = checked(path), b"".join(flat(buffers))
         with self._lock:
             self._files[name] = content
         return len(content)
@@ -185,26 +199,29 @@ class MemoryStorage:
     def read(self, path: str) -> bytes:
         with self._lock:
             try:
-                return self._files[_checked(path)]
+                return self._files[checked(path)]
             except KeyError as missing:
                 raise SnapshotError(f"cannot read {path!r}: no such file in memory") from missing
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        return whole(path, start, stop, self.read(path)[start:stop])
 
     def size(self, path: str) -> int:
         return len(self.read(path))
 
     def exists(self, path: str) -> bool:
         with self._lock:
-            return bool(self._below(_checked(path)))
+            return bool(self._below(checked(path)))
 
     def list(self, directory: str) -> Sequence[str]:
-        name = _checked(directory) if directory else ""
+        name = checked(directory) if directory else ""
         with self._lock:
             if name in self._files:
                 raise SnapshotError(f"cannot list {directory!r}: it is a file")
             return sorted({rest.split("/")[0] for rest in self._below(name).values()})
 
     def rename(self, old: str, new: str) -> None:
-        source, target = _checked(old), _checked(new)
+        source, target = checked(old), checked(new)
         with self._lock:
             if self._below(target):
                 raise SnapshotError(f"{old!r} cannot be renamed: {new!r} exists already")
@@ -216,7 +233,7 @@ class MemoryStorage:
 
     def delete(self, path: str) -> None:
         with self._lock:
-            for name in self._below(_checked(path)):
+            for name in self._below(checked(path)):
                 del self._files[name]
 
     def sweep(self) -> Sequence[str]:
@@ -229,15 +246,15 @@ class MemoryStorage:
         return {path: "", **below} if path in self._files else below
 
 
-def _checked(path: str) -> str:
+def checked(path: str) -> str:
     """``path`` if it stays below the root and cannot be mistaken for something unfinished."""
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or _MARK in path:
-        raise InvariantViolation(f"storage path {path!r} must be a relative name without '..' and {_MARK!r}")
+    if not parts or path.startswith("/") or ".." in parts or MARK in path:
+        raise InvariantViolation(f"storage path {path!r} must be a relative name without '..' and {MARK!r}")
     return "/".join(parts)
 
 
-def _flat(buffers: Iterable[Buffer]) -> Sequence[memoryview]:
+def flat(buffers: Iterable[Buffer]) -> Sequence[memoryview]:
     """Bytes views without a copy; empty buffers are left out, because an empty array cannot be cast."""
     views = [memoryview(buffer) for buffer in buffers]
     return [view.cast("B") for view in views if view.nbytes]
@@ -245,10 +262,10 @@ def _flat(buffers: Iterable[Buffer]) -> Sequence[memoryview]:
 
 def _unfinished(target: Path) -> Path:
     """A name beside ``target`` (a rename must not cross file systems) that nobody else uses."""
-    return target.with_name(f"{target.name}{_MARK}{uuid.uuid4().hex[:12]}")
+    return target.with_name(f"{target.name}{MARK}{uuid.uuid4().hex[:12]}")
 
 
-def _write_durably(path: Path, views: Sequence[memoryview]) -> None:
+def _write_durably(path: Path, views: Iterable[memoryview]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         for view in views:
@@ -257,6 +274,23 @@ def _write_durably(path: Path, views: Sequence[memoryview]) -> None:
         os.fsync(descriptor)  # network file systems report a full disk only here
     finally:
         os.close(descriptor)
+
+
+def _read_up_to(descriptor: int, count: int) -> bytes:
+    parts = list[bytes]()
+    while count and (part := os.read(descriptor, count)):  # Linux reads at most 2 GiB at once
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def whole(path: str, start: int, stop: int, found: bytes) -> bytes:
+    """``found`` if it has all bytes from ``start`` to ``stop``. Raises: SnapshotError."""
+    if len(found) != stop - start:
+        raise SnapshotError(
+            f"cannot read bytes {start:,} to {stop:,} of {path}: it ends {stop - start - len(found):,} earlier"
+        )
+    return found
 
 
 def _make_directories(directory: Path) -> None:
@@ -288,8 +322,8 @@ def _remove(path: Path) -> None:
 
 def _leftovers(root: Path) -> Iterator[Path]:
     for folder, directories, files in os.walk(root):
-        yield from (Path(folder, name) for name in [*directories, *files] if _MARK in name)
-        directories[:] = [name for name in directories if _MARK not in name]
+        yield from (Path(folder, name) for name in [*directories, *files] if MARK in name)
+        directories[:] = [name for name in directories if MARK not in name]
 
 
 @contextmanager

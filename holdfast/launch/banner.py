@@ -8,6 +8,7 @@ from holdfast import knobs
 from holdfast.configs import validate
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.launch.identity import versions
+from holdfast.launch.resume import checkpoints_uri
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import size
 from holdfast.trainer import corpus
@@ -28,6 +29,7 @@ def banner(config: RunConfig, run_dir: RunDir, attempt: int, store: TokenStore, 
         "devices": _devices(config),
         "memory": _memory(config),
         "data": corpus.describe(store),
+        **({"storage": checkpoints_uri(config, run_dir)} if config.snapshot.storage else {}),
         "resume": _shortened(how),
         "look": f"{_tracker(config)} | tail -f {run_dir.events_file}",
     }

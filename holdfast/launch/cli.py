@@ -220,6 +220,18 @@ def _named_run(config: RunConfig) -> str:
     return config.run_id or (config.resume if config.resume not in ("auto", "must", "never") else "")
 
 
+def _plan(words: Sequence[str]) -> int:
+    from holdfast.launch.plan_command import plan
+
+    return plan(words)
+
+
+def _checkpoint(words: Sequence[str]) -> int:
+    from holdfast.launch.checkpoint_command import checkpoint_command
+
+    return checkpoint_command(words)
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
     does: str
@@ -228,4 +240,6 @@ class _Command:
 
 _COMMANDS: Mapping[str, _Command] = {
     "train": _Command("train a language model: GROUP=OPTION and KEY=VALUE say how", _train),
+    "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
+    "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
 }

@@ -13,11 +13,12 @@ from holdfast.configs.schema import RunConfig
 from holdfast.events import Evaluated, EventSink
 from holdfast.fault_tolerance import chaos
 from holdfast.fault_tolerance import messages as m
-from holdfast.fault_tolerance.machine import State, Supervisor
+from holdfast.fault_tolerance.machine import Layout, State, Supervisor
 from holdfast.fault_tolerance.policy import DO_NOT_RESTART
 from holdfast.launch.calls import LOST, Calls, Gathered
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
+from holdfast.launch.protection import Protection
 from holdfast.launch.protocol import EpochPlan
 from holdfast.launch.pulse import Pulse
 from holdfast.types import StepReport
@@ -76,6 +77,7 @@ class Conductor:
         *,
         fleet: Fleet,
         supervisor: Supervisor,
+        layout: Layout,
         specs: ProcessSpecs,
         durable: DurableTier,
         run_dir: Path,
@@ -88,6 +90,12 @@ class Conductor:
         self._calls = Calls(fleet)
         self._pulse = Pulse(
             self._calls, interval_s=_PULSE_S, silence_s=config.recovery.suspect_after_s, on_step=on_step
+        )
+        self._protection = Protection(
+            layout.lanes,
+            nodes=config.launch.nodes,
+            workers_per_node=config.launch.workers_per_node,
+            persist_every=config.snapshot.persist_every_steps,
         )
         self._keepers: set[int] = set()
         self._keeper_starts: dict[int, int] = {}
@@ -168,6 +176,8 @@ class Conductor:
         beats = self._pulse.beats_at(self._clock.now())
         self._tell(m.Beats({w: beats[r] for r, w in self._workers_of_ranks.items() if r in beats}))
         self._tell(m.Tick())
+        for epoch, version in self._pulse.committed():
+            self._tell(m.Protected(epoch, version))
         now = self._clock.now()
         if self._supervisor.state is State.RUNNING:  # a recovery needs the storage, and may turn against the version
             end = now + self._config.recovery.step_timeout_s
@@ -273,6 +283,7 @@ class Conductor:
             if self._keeper_starts.get(action.node) != call:
                 return
             if answer.error is None:
+                self._protection.reached_at(action.node, cast(Mapping[str, Any], answer.result)["address"])
                 self._keepers.add(action.node)
                 self._tell(m.KeeperReady(action.node))
             else:
@@ -335,15 +346,12 @@ class Conductor:
 
     def _ask_what_is_held(self, epoch: int) -> None:
         def then(answers: Gathered) -> None:
-            held = {
-                int(rank): tuple(m.HeldVersion(v["version"], v["epoch"], v["world"]) for v in versions)
-                for answer in answers.values()
-                for rank, versions in cast(Mapping[str, Any], answer).items()
-            }
+            inventories = {keeper.number: cast(Mapping[str, Any], answer) for keeper, answer in answers.items()}
+            held, recorded = self._protection.held(inventories), self._protection.recorded(inventories)
             durable, rejected = self._durable.survey()
-            self._tell(m.InventoryTaken(epoch, held, durable, rejected))
+            self._tell(m.InventoryTaken(epoch, held, durable, rejected, recorded, self._durable.foreign))
 
-        self._ask_keepers("inventory", then=then, failed=self._failed)
+        self._ask_keepers("inventory", epoch, then=then, failed=self._failed)
 
     def _ask_keepers(
         self, method: str, *args: object, then: Callable[[Gathered], None], failed: Callable[[Completion], None]
@@ -379,6 +387,26 @@ class Conductor:
             deadline_s=self._clock.now() + self._config.recovery.step_timeout_s,
         )
 
+    def _rebuild(self, action: m.Rebuild) -> None:
+        left, state = set(action.ranks), {"failed": False}
+
+        def then(rank: int) -> Callable[[Completion], None]:
+            def answered(answer: Completion) -> None:
+                left.discard(rank)
+                if answer.error is not None and not state["failed"] and not answer.error.startswith(LOST):
+                    state["failed"] = True
+                    why = f"rank {rank} was not rebuilt: {answer.error.splitlines()[0]}"
+                    self._tell(m.CheckpointRefused(action.epoch, action.version, why))
+                elif not left and not state["failed"]:
+                    self._tell(m.CheckpointLoaded(action.epoch, action.version))
+
+            return answered
+
+        end = self._clock.now() + self._config.recovery.step_timeout_s
+        asks = self._protection.rebuild(action.epoch, action.version, action.record_epoch, action.ranks)
+        for rank, arguments in asks:
+            self._calls.ask(self._keeper_of(rank), "rebuild", *arguments, then=then(rank), deadline_s=end)
+
     def _start_epoch(self, action: m.StartEpoch) -> None:
         # Those of earlier steps have happened in an earlier attempt.
         self._keeper_faults = [fault for fault in self._keeper_faults if fault.step >= action.version]
@@ -387,32 +415,37 @@ class Conductor:
         for old in rendezvous.iterdir():
             old.unlink(missing_ok=True)
         path = str(rendezvous / f"epoch-{action.epoch}")
+        checkpoints = self._durable.uri if action.from_storage else ""
 
         def begin() -> None:
             for member in action.members:
-                plan = EpochPlan(action.epoch, member.rank, len(action.members), action.version, path)
-                self._calls.ask(
-                    _worker(member.worker), "run_epoch", asdict(plan), then=self._parked(member, action.epoch)
-                )
+                plan = EpochPlan(action.epoch, member.rank, len(action.members), action.version, path, checkpoints)
+                self._calls.ask(_worker(member.worker), "run_epoch", asdict(plan), then=self._parked(member, plan))
 
         def failed(answer: Completion) -> None:
             begin()  # to the supervisor everybody is in the epoch; only who has been sent there can leave it
             self._failed(answer)
 
-        self._ask_keepers("forget_above", action.version, then=lambda _: begin(), failed=failed)
+        def protect() -> None:
+            arguments = self._protection.start(action.epoch, action.version)
+            self._ask_keepers("begin", *arguments, then=lambda _: begin(), failed=failed)
 
-    def _parked(self, member: m.Member, epoch: int) -> Callable[[Completion], None]:
+        self._ask_keepers("forget_above", action.version, then=lambda _: protect(), failed=failed)
+
+    def _parked(self, member: m.Member, plan: EpochPlan) -> Callable[[Completion], None]:
         def then(answer: Completion) -> None:
             if answer.error is not None:
                 if not answer.error.startswith(LOST):  # a lost process is reported as such
-                    self._tell(m.WorkerParked(member.worker, epoch, m.Outcome.ERROR, answer.error))
+                    self._tell(m.WorkerParked(member.worker, plan.epoch, m.Outcome.ERROR, answer.error))
                 return
             parked = cast(Mapping[str, Any], answer.result)
             self._note(parked["notes"])
             outcome = m.Outcome(parked["outcome"])
             if outcome is m.Outcome.FINISHED and parked["result"]:
                 self._result.update(parked["result"])
-            self._tell(m.WorkerParked(member.worker, epoch, outcome, parked["detail"], parked["version"]))
+            if outcome is m.Outcome.CORRUPT and plan.checkpoints:
+                self._durable.condemn(plan.version, parked["detail"])
+            self._tell(m.WorkerParked(member.worker, plan.epoch, outcome, parked["detail"], parked["version"]))
 
         return then
 
@@ -464,6 +497,7 @@ _HANDLERS: Mapping[type[m.Action], Callable[[Conductor, Any], None]] = {
     m.TakeInventory: Conductor._take_inventory,
     m.Quarantine: Conductor._quarantine,
     m.LoadCheckpoint: Conductor._load_checkpoint,
+    m.Rebuild: Conductor._rebuild,
     m.StartEpoch: Conductor._start_epoch,
     m.Announce: Conductor._announce,
     m.Finish: Conductor._finish,

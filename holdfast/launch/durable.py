@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from holdfast.clock import Clock, SystemClock
 from holdfast.errors import ManifestMismatch, ShardCorrupt, SnapshotError
 from holdfast.events import CheckpointRejected, CheckpointWritten, EventSink
 from holdfast.fault_tolerance import checkpoint
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 _DAMAGE = frozenset({ShardCorrupt.__name__, ManifestMismatch.__name__})
 """Errors of a keeper that will come again whoever reads the checkpoint."""
 
+_RETRIES = 10
+"""Tries in the time of ``persist_every_s`` when none succeeds."""
+
 KeeperOf = Callable[[int], Address]
 
 
@@ -41,17 +45,31 @@ class DurableTier:
     Made by the driver that holds the run's lease, because files that nobody has finished are removed at once.
     """
 
-    def __init__(self, uri: str, config: SnapshotConfig, *, world: int, config_digest: str, events: EventSink) -> None:
-        self._uri, self._config, self._world = uri, config, world
+    def __init__(
+        self,
+        uri: str,
+        config: SnapshotConfig,
+        *,
+        world: int,
+        config_digest: str,
+        events: EventSink,
+        layout: str = "",
+        clock: Clock | None = None,
+    ) -> None:
+        self.uri, self._config, self._world, self._layout = uri, config, world, layout
         self._config_digest, self._events = config_digest, events
         self._storage = open_storage(uri)
         self._storage.sweep()
         self._writing: _Writing | None = None
         self._told: set[str] = set()
         self._good: set[int] = set()
+        self._foreign: set[int] = set()
+        self._condemned: dict[int, str] = {}
         self._damaged: dict[str, str] = {}
         """What must not be used and is still in the way of a new checkpoint, with the reason."""
         self._failed_step = -1
+        self._clock = clock or SystemClock()
+        self._due_s = self._next_due_s()
 
     @property
     def is_idle(self) -> bool:
@@ -62,10 +80,18 @@ class DurableTier:
         """Of the good checkpoints, as far as is known; -1 without any."""
         return max(self._good, default=-1)
 
+    @property
+    def foreign(self) -> tuple[int, ...]:
+        """Good checkpoints that were written in another layout, or in one that nobody has noted, newest first."""
+        return tuple(sorted(self._good & self._foreign, reverse=True))
+
     # -- reading --------------------------------------------------------------------------------------------------
 
     def survey(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Steps of the good checkpoints of this run, newest first, and why others were refused."""
+        for step, reason in self._condemned.items():
+            self._refuse(step, reason)
+        self._condemned.clear()
         try:
             good, rejected = checkpoint.list_checkpoints(self._storage)
         except SnapshotError as error:  # memory may have everything that is needed
@@ -79,6 +105,7 @@ class DurableTier:
             else:
                 usable.append(found.step)
         self._good = set(usable)
+        self._foreign = {found.step for found in good if (found.world, found.layout) != (self._world, self._layout)}
         return tuple(usable), tuple(self._tell(one) for one in refused)
 
     def _tell(self, refused: checkpoint.Rejected) -> str:
@@ -90,11 +117,14 @@ class DurableTier:
         return line
 
     def _unusable(self, found: checkpoint.Checkpoint) -> str:
-        if found.world != self._world:
-            return f"written by {found.world} ranks, this run has {self._world}; run it with {found.world} ranks"
         if found.config_digest != self._config_digest:
-            return "written with another model, data, optimizer or parallel layout"
+            return "written with another model, data, optimizer or precision"
         return ""
+
+    def condemn(self, step: int, reason: str) -> None:
+        """A rank that read the checkpoint itself could not use it. Others may be reading still, so it is put aside
+        with the next survey, before which every rank has left the epoch."""
+        self._condemned[step] = reason
 
     def load(
         self,
@@ -129,7 +159,7 @@ class DurableTier:
             return answered
 
         for rank, keeper in keepers.items():
-            calls.ask(keeper, "load", rank, self._uri, directory, then=then(rank), deadline_s=deadline_s)
+            calls.ask(keeper, "load", rank, self.uri, directory, then=then(rank), deadline_s=deadline_s)
 
     def _refuse(self, step: int, reason: str) -> None:
         """It does not count as good any more: neither when old ones are deleted nor when the same step comes again."""
@@ -156,6 +186,8 @@ class DurableTier:
 
     def abandon(self) -> None:
         """The membership changed: whatever is being written will not be committed, what failed may be tried again."""
+        if self._writing is not None:
+            self._due_s = self._clock.now()
         self._writing, self._failed_step = None, -1
 
     def give_up(self, reason: str) -> None:
@@ -172,8 +204,9 @@ class DurableTier:
         *,
         deadline_s: float,
     ) -> None:
-        """Start writing the version that every rank keeps for this purpose, if there is one. A version that could not
-        be written is not tried again: the next one that is due will be."""
+        """Start writing the version that every rank keeps for this purpose, if there is one; or, when the time has
+        come, the newest one that every rank holds. A version that could not be written is not tried again: the next
+        one that is due will be."""
         if self._writing is not None or len(versions) < self._world:
             return
         # One epoch, because ranks of different epochs may have computed a step from different parents.
@@ -181,10 +214,19 @@ class DurableTier:
         ready = max((version for version, _ in set.intersection(*kept)), default=-1)
         if ready > max(self.newest_step, self._failed_step):
             self._persist(ready, calls, keeper_of, deadline_s)
+        elif self._clock.now() >= self._due_s:
+            self._due_s = self._next_due_s(_RETRIES)  # unless it is written
+            keepers = {keeper_of(rank).number for rank in range(self._world)}
+            self.persist_newest(calls, keepers, keeper_of, deadline_s=deadline_s)  # asks again: versions pass quickly
+
+    def _next_due_s(self, parts: int = 1) -> float:
+        """When time alone asks for a checkpoint; never without ``persist_every_s``."""
+        every_s = self._config.persist_every_s
+        return self._clock.now() + every_s / parts if every_s else math.inf
 
     def persist_newest(self, calls: Calls, keepers: Collection[int], keeper_of: KeeperOf, *, deadline_s: float) -> None:
         """Write the newest version that every rank holds, unless it is on disk already."""
-        self._writing = writing = _Writing(-1, time.monotonic())
+        self._writing = writing = _Writing(-1, self._clock.now())
 
         def then(answers: Gathered) -> None:
             if self._writing is not writing:
@@ -192,7 +234,7 @@ class DurableTier:
             held = {
                 int(rank): tuple(HeldVersion(v["version"], v["epoch"], v["world"]) for v in versions)
                 for answer in answers.values()
-                for rank, versions in cast(Mapping[str, Any], answer).items()
+                for rank, versions in cast(Mapping[str, Any], answer)["held"].items()
             }
             version = newest_common(held, self._world)
             self._writing = None
@@ -207,7 +249,7 @@ class DurableTier:
         )
 
     def _persist(self, step: int, calls: Calls, keeper_of: KeeperOf, deadline_s: float) -> None:
-        self._writing = writing = _Writing(step, time.monotonic())
+        self._writing = writing = _Writing(step, self._clock.now())
         self._put_aside(step)
         self._make_room()
         directory, receipts = checkpoint.directory(step), dict[int, Mapping[str, Any]]()
@@ -229,7 +271,7 @@ class DurableTier:
                 "persist",
                 rank,
                 step,
-                self._uri,
+                self.uri,
                 directory,
                 then=then(rank),
                 deadline_s=deadline_s,
@@ -246,13 +288,20 @@ class DurableTier:
     def _commit(self, writing: _Writing, receipts: Mapping[int, Mapping[str, Any]]) -> None:
         self._writing = None
         try:
-            checkpoint.commit(self._storage, writing.step, receipts=receipts, config_digest=self._config_digest)
+            checkpoint.commit(
+                self._storage,
+                writing.step,
+                receipts=receipts,
+                config_digest=self._config_digest,
+                layout=self._layout,
+            )
         except SnapshotError as error:
             self._failed(writing.step, str(error))
             return
         self._good.add(writing.step)
+        self._due_s = writing.started_s + (self._config.persist_every_s or math.inf)
         written = sum(int(r["bytes"]) for r in receipts.values())
-        seconds = time.monotonic() - writing.started_s
+        seconds = self._clock.now() - writing.started_s
         self._events.emit(CheckpointWritten(writing.step, checkpoint.directory(writing.step), written, seconds))
         try:
             checkpoint.retain(self._storage, self._config.keep_last)

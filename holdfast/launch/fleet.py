@@ -62,6 +62,10 @@ class Fleet(Protocol):
         """Name of the machine under each (virtual) node."""
         ...
 
+    def zones(self, nodes: int) -> Sequence[str]:
+        """Failure domain of each (virtual) node; "" where nobody knows."""
+        ...
+
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         """Start a process; the returned call completes with ``ready``'s result once it can work."""
         ...

@@ -28,7 +28,7 @@ class KeeperHost(Keeper):
     """A keeper that can be asked whether it is up and told to go."""
 
     def ready(self) -> dict[str, object]:
-        return {"pid": os.getpid(), "host": socket.gethostname()}
+        return {"pid": os.getpid(), "host": socket.gethostname(), "address": self.address}
 
     def hang_up(self) -> None:
         self.close()
@@ -46,5 +46,8 @@ def make_host(role: Role, spec: Mapping[str, object]) -> Host:
         limit_bytes=int(cast(int, spec["limit_bytes"])),
         buffers=int(cast(int, spec["buffers"])),
         lease_s=float(cast(float, spec["lease_s"])),
+        persist_mb_per_s=float(cast(float, spec.get("persist_mb_per_s", 0.0))),
         clock=SystemClock(),
+        token=str(spec.get("token", "")),
+        parity_ratio=float(cast(float, spec.get("parity_ratio", 0.0))),
     )

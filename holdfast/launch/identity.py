@@ -14,7 +14,7 @@ from pathlib import Path
 
 from holdfast import __version__
 
-__all__ = ["FREE_KEYS", "config_digest", "git_commit", "new_run_id", "versions"]
+__all__ = ["FREE_KEYS", "config_digest", "git_commit", "layout", "new_run_id", "versions"]
 
 _ADJECTIVES = (
     "agile amber azure bold brave breezy bright brisk calm candid cheery clear clever coral cosy crisp "
@@ -42,8 +42,10 @@ FREE_KEYS: Mapping[str, str] = {
     "trainer.prompt": "what is shown",
     "data.cache": "where the tokens are kept; the text itself has a digest of its own",
     "model.name": "a label",
+    "trainer.micro_batch": "in how many passes a rank sees its share of the global batch; the samples stay the same",
+    "parallel.zero_stage": "where state lives, not what it is; a checkpoint is read in any layout",
     "parallel.collective_timeout_s": "a deadline",
-    "launch": "processes; a checkpoint checks its world size itself",
+    "launch": "processes; a checkpoint is read by any number of ranks",
     "recovery": "deadlines and budgets",
     "snapshot": "how often and where state is copied",
     "tracker": "who watches",
@@ -67,6 +69,11 @@ def _fixed(section: Mapping[str, object], prefix: str) -> Iterator[tuple[str, ob
             yield from _fixed(value, f"{key}.")
         else:
             yield key, value
+
+
+def layout(*, world: int, zero_stage: int) -> str:
+    """How the state is divided among ranks, in the words of a checkpoint's record."""
+    return f"{world} {'rank' if world == 1 else 'ranks'}, ZeRO stage {zero_stage}"
 
 
 def new_run_id(now: datetime | None = None, rng: random.Random | None = None) -> str:

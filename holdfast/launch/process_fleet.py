@@ -136,6 +136,9 @@ class ProcessFleet:
     def hosts(self, nodes: int) -> Sequence[str]:
         return ("localhost",) * nodes
 
+    def zones(self, nodes: int) -> Sequence[str]:
+        return [""] * nodes
+
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         ours, theirs = multiprocessing.Pipe()
         name = f"holdfast-{target.role.value}-{target.number}"

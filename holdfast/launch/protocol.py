@@ -10,7 +10,7 @@ from holdfast.errors import ConfigurationError
 __all__ = ["CONTROL_METHODS", "STORAGE_METHODS", "EpochPlan", "describe_error"]
 
 CONTROL_METHODS = frozenset(
-    {"abort", "stop", "drain", "kill", "pulse", "fence", "admit", "inventory", "forget_above", "quarantine"}
+    {"abort", "stop", "drain", "kill", "pulse", "fence", "admit", "inventory", "forget_above", "begin", "quarantine"}
 )
 """Calls that must not wait behind a long one: an epoch that runs, a checkpoint that is written."""
 STORAGE_METHODS = frozenset({"persist"})
@@ -28,6 +28,8 @@ class EpochPlan:
     """Version to start from; -1 is the fresh model."""
     rendezvous: str
     """Path of a file that no earlier epoch has used, on storage all ranks share."""
+    checkpoints: str = ""
+    """Storage from which to read the durable checkpoint of ``version``; empty when the rank's arena holds it."""
 
 
 def describe_error(error: BaseException) -> str:

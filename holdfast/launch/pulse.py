@@ -26,6 +26,8 @@ class Pulse:
         self._since: dict[int, int] = {}
         self._asked_s: dict[int, float] = {}
         self._newest = (-1, -1)
+        self._committed = (-1, -1)
+        self._committed_news: set[tuple[int, int]] = set()
         self.beats: dict[int, BeatSeen] = {}
         """Newest sign of life by rank, in the driver's clock."""
         self.versions: dict[int, list[Mapping[str, Any]]] = {}
@@ -56,6 +58,11 @@ class Pulse:
         since is not the ranks' silence, but its own."""
         return {rank: _later(beat, now - self._asked_s[rank]) for rank, beat in self.beats.items()}
 
+    def committed(self) -> list[tuple[int, int]]:
+        """Epoch and version of what the keepers have committed since this was asked last, oldest first."""
+        news, self._committed_news = sorted(self._committed_news), set()
+        return news
+
     def forget_rank(self, rank: int) -> None:
         """The rank's keeper starts again with an empty board."""
         self._since.pop(rank, None)
@@ -72,6 +79,7 @@ class Pulse:
             pulse = cast(Mapping[str, Any], answer.result)
             # CLOCK_MONOTONIC differs between hosts: carry over ages, not instants. The time of asking errs on
             # the side of an older beat by one round trip at most.
+            self._note_protection(pulse["protection"])
             for rank, seen in pulse["ranks"].items():
                 self._asked_s[int(rank)] = asked_s
                 self._note(int(rank), seen, asked_s - float(pulse["now"]))
@@ -91,6 +99,12 @@ class Pulse:
             progress_s=float(beat["progress_s"]) + offset_s,
         )
         self._report(seen["reports"])
+
+    def _note_protection(self, status: Mapping[str, Any]) -> None:
+        found = int(status["epoch"]), int(status["committed"])
+        if found > self._committed:
+            self._committed = found
+            self._committed_news.add(found)
 
     def _report(self, reports: Sequence[Mapping[str, Any]]) -> None:
         """Every rank tells the same story: keep the first telling of each step, and replays of a newer epoch."""

@@ -128,6 +128,9 @@ class RayFleet:
     def hosts(self, nodes: int) -> Sequence[str]:
         return [str(self._nodes[i % len(self._nodes)]["NodeID"]) for i in range(nodes)]
 
+    def zones(self, nodes: int) -> Sequence[str]:
+        return [str(self._nodes[i % len(self._nodes)].get("Labels", {}).get("zone", "")) for i in range(nodes)]
+
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         self._handles[target] = self._create(target, node, spec)
         return self.call(target, "ready")

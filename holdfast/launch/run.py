@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import shlex
 import shutil
 import sys
@@ -17,11 +18,14 @@ from holdfast import knobs
 from holdfast.clock import SystemClock
 from holdfast.configs import validate
 from holdfast.configs.plain import to_plain
+from holdfast.configs.protection import parity_ratio, protection_groups
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError, HoldfastError, SnapshotError
-from holdfast.events import Evaluated, Event, EventSink, FaultDetected, Generated, RunEnded, RunStarted
+from holdfast.events import Evaluated, Event, EventSink, FaultDetected, Generated, Protection, RunEnded, RunStarted
 from holdfast.fault_tolerance import checkpoint
+from holdfast.fault_tolerance.lanes import make_lanes
 from holdfast.fault_tolerance.machine import Layout, Supervisor
+from holdfast.fault_tolerance.protection import REDUCED
 from holdfast.launch import identity
 from holdfast.launch.banner import banner
 from holdfast.launch.conductor import Conductor, ProcessSpecs, Verdict
@@ -29,7 +33,7 @@ from holdfast.launch.console import Console
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Fleet
 from holdfast.launch.records import JsonlEvents
-from holdfast.launch.resume import Opening, open_run
+from holdfast.launch.resume import Opening, checkpoints_uri, open_run
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.signals import StopSignals
 from holdfast.trainer import corpus
@@ -171,29 +175,41 @@ class _Drive:
 
     def _conductor(self, fleet: Fleet, sinks: _Sinks) -> Conductor:
         config, clock = self._config, SystemClock()
-        layout = Layout(
-            nodes=config.launch.nodes,
-            workers_per_node=config.launch.workers_per_node,
-            spares=config.launch.spares,
-            hosts=tuple(fleet.hosts(config.launch.nodes)),
-        )
+        layout = self._layout(fleet, sinks)
         durable = DurableTier(
-            str(self._run_dir.checkpoints),
+            checkpoints_uri(config, self._run_dir),
             config.snapshot,
             world=layout.world,
             config_digest=self._digest,
             events=sinks,
+            layout=identity.layout(world=layout.world, zero_stage=config.parallel.zero_stage),
         )
         return Conductor(
             config,
             fleet=fleet,
             supervisor=Supervisor(layout, config.recovery, now=clock.now()),
+            layout=layout,
             specs=self._specs(),
             durable=durable,
             run_dir=self._run_dir.path,
             events=sinks,
             on_step=sinks.step,
             clock=clock,
+        )
+
+    def _layout(self, fleet: Fleet, sinks: EventSink) -> Layout:
+        """Where everything goes; says what nodes that protect each other have in common."""
+        config = self._config
+        zones = config.launch.zones or fleet.zones(config.launch.nodes)
+        grouping = protection_groups(config, zones)
+        for warning in grouping.warnings:
+            sinks.emit(Protection(REDUCED, warning))
+        return Layout(
+            nodes=config.launch.nodes,
+            workers_per_node=config.launch.workers_per_node,
+            spares=config.launch.spares,
+            hosts=tuple(fleet.hosts(config.launch.nodes)),
+            lanes=make_lanes(grouping.groups, config.launch.workers_per_node, grouping.parity),
         )
 
     def _specs(self) -> ProcessSpecs:
@@ -211,6 +227,9 @@ class _Drive:
                 "limit_bytes": validate.keeper_limit_bytes(config, validate.this_host()),
                 "buffers": config.snapshot.buffers,
                 "lease_s": config.recovery.lease_s,
+                "token": secrets.token_hex(16),
+                "parity_ratio": parity_ratio(config),
+                "persist_mb_per_s": config.snapshot.persist_mb_per_s,
             },
         )
 

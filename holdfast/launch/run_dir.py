@@ -271,7 +271,7 @@ def _against_resuming(run: RunDir, config_digest: str) -> str | None:
     if record.get("format_version") != FORMAT_VERSION:
         return f"format_version={record.get('format_version')}, this Holdfast reads {FORMAT_VERSION}"
     if record.get("config_digest") != config_digest:
-        return "another model, data, optimizer, batch, seed or parallel layout"
+        return "another model, data, optimizer, batch, seed or precision"
     if driver is not None:
         return f"driven by {driver}"
     if ended is not None and ended["outcome"] == "finished":

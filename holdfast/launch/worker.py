@@ -18,16 +18,18 @@ import torch
 from holdfast import failpoints
 from holdfast.configs.plain import from_plain
 from holdfast.configs.schema import RunConfig
-from holdfast.errors import Abort, CollectiveBroken, ShardCorrupt
+from holdfast.errors import Abort, CollectiveBroken, ShardCorrupt, SnapshotError
 from holdfast.fault_tolerance import chaos
 from holdfast.fault_tolerance.arena import Arena, ArenaRef
 from holdfast.fault_tolerance.messages import Outcome
+from holdfast.fault_tolerance.resharding import StoredCheckpoint
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, copy_versions, required_bytes
+from holdfast.fault_tolerance.storage import open_storage
 from holdfast.launch.protocol import EpochPlan, describe_error
 from holdfast.launch.watch import BoardWatcher, Heart
 from holdfast.parallel.comms import TorchCommunicator, broken_collective
 from holdfast.trainer.build import Job, RankRun
-from holdfast.trainer.loop import Ending
+from holdfast.trainer.loop import Ending, Restorer
 from holdfast.trainer.token_store import TokenStore
 from holdfast.types import Phase
 
@@ -146,27 +148,41 @@ class WorkerHost:
         laps.end("join")
         failpoints.hit("recovery.after_join", plan.version)
         watcher.enter(Phase.BUILD, max(plan.version, 0))
+        snapshot = self._config.snapshot
         snapshots = ArenaSnapshotter(
             self._arena,
             rank=plan.rank,
             world=plan.world,
             epoch=plan.epoch,
             config_digest=self._config_digest,
-            persist_every=self._config.snapshot.persist_every_steps,
+            persist_every=snapshot.persist_every_steps,
+            max_bytes_per_s=snapshot.copy_mb_per_s * 1e6,
+            fence_timeout_s=snapshot.fence_timeout_s,
         )
         run = RankRun(self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._note)
         laps.end("build")
         try:
             self._arena.reserve(required_bytes(run.view.capture()))
             laps.end("reserve")
-            run.trainer.restore(snapshots, plan.version)
+            try:
+                run.trainer.restore(self._source(plan, snapshots), plan.version)
+            except SnapshotError as error:
+                if not plan.checkpoints:
+                    raise
+                return _answer(Outcome.CORRUPT, describe_error(error).splitlines()[0], version=plan.version)
             laps.end("restore")
             logger.info("epoch %d begins at version %d: %s", plan.epoch, plan.version, laps)
             ending = run.trainer.fit()
             result = run.conclude() if ending is Ending.FINISHED else {}
             return _answer(Outcome(ending.value), version=run.view.train.step, result=result)
         finally:
+            snapshots.close()  # first: it may still be copying live tensors
             run.close()
+
+    def _source(self, plan: EpochPlan, snapshots: ArenaSnapshotter) -> Restorer:
+        if not plan.checkpoints:
+            return snapshots
+        return StoredCheckpoint(open_storage(plan.checkpoints), config_digest=self._config_digest)
 
     def _enter_epoch(self, plan: EpochPlan, arena: Arena) -> BoardWatcher:
         arena.board.take_over(os.getpid(), plan.epoch)

@@ -57,7 +57,7 @@ class Trainer:
         failpoints.hit("recovery.before_restore", version)
         if version >= 0:
             self._view.adopt(source.restore_into(self._view.capture(), version))
-            self._pending.committed = version
+            self._pending.restored = version
         else:
             offer(self._view, self._parts, self._pending)  # so that a fault in the very first step costs nothing
         failpoints.hit("recovery.after_restore", version)
@@ -86,11 +86,11 @@ class Trainer:
     def _settle(self, ending: Ending) -> Ending:
         """Collective. Bring the last state into a version that all ranks hold; who has skipped it tries once more."""
         step, pending = self._view.train.step, self._pending
-        if pending.committed == step:
+        if pending.restored == step:
             return ending  # a finished run that was resumed
-        if pending.version != step or not pending.is_held:
+        if pending.version != step:
             take(self._view, self._parts, pending)
-        fence(self._parts, step)
+        fence(self._parts, pending, step)
         if not vote([0.0, 0.0, 0.0], self._parts, pending, step).is_held_by_all:
             logger.warning("the last version, %d, is not complete on every rank", step)
         return ending

@@ -14,7 +14,7 @@ from holdfast import failpoints
 from holdfast.errors import NonFiniteStep
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.state import StateView
-from holdfast.types import Phase, RankState, StepReport
+from holdfast.types import CopyReport, Phase, RankState, StepReport
 
 __all__ = [
     "Communicator",
@@ -54,13 +54,19 @@ class Communicator(Protocol):
 
 
 class Snapshots(Protocol):
-    """``offer`` takes the state, ``fence`` waits until the live tensors may change, ``commit`` flips the version."""
+    """``offer`` begins to take the state; False: it is skipped. ``fence`` waits until the live tensors may change and
+    tells what became of it. ``commit`` flips the version."""
 
     def offer(self, state: RankState, version: int) -> bool: ...
 
-    def fence(self) -> float: ...
+    def fence(self) -> CopyReport: ...
 
     def commit(self, version: int) -> None: ...
+
+    @property
+    def newest_committed(self) -> int:
+        """-1 if there is none."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +101,11 @@ class Pending:
     """The version offered last, until its fate is known."""
 
     version: int = -1
+    """-1 if it was skipped."""
     is_held: bool = False
-    committed: int = -1
+    """Complete on this rank; known since the fence."""
+    restored: int = -1
+    """The version that the epoch started from."""
     copied_bytes: int = 0
 
 
@@ -109,7 +118,7 @@ def train_step(
     failpoints.hit("step.begin", step)
     sums = _forward_backward(batch, parts.engine)
     failpoints.hit("step.after_backward", step)
-    stall_s = fence(parts, step)
+    copied = fence(parts, pending, step)
     verdict = vote(sums, parts, pending, step)
     if not math.isfinite(verdict.loss):
         raise NonFiniteStep(step, verdict.loss)
@@ -121,7 +130,7 @@ def train_step(
         raise NonFiniteStep(step, grad_norm, "gradient norm")
     view.train.advance(verdict.tokens)
     failpoints.hit("step.after_update", step)
-    stall_s += offer(view, parts, pending)
+    offered_s = offer(view, parts, pending)
     report = StepReport(
         step=view.train.step,
         epoch=parts.epoch,
@@ -131,9 +140,10 @@ def train_step(
         grad_norm=grad_norm,
         tokens=view.train.tokens,
         step_s=time.perf_counter() - started,
-        stall_s=stall_s,
+        stall_s=copied.waited_s + offered_s,
         copy_bytes=pending.copied_bytes,
-        committed=pending.committed,
+        committed=max(pending.restored, parts.snapshots.newest_committed),
+        copy_s=copied.copy_s,
     )
     return report, verdict.stop
 
@@ -150,10 +160,12 @@ def _forward_backward(batch: Sequence[Microbatch], engine: Engine) -> list[float
     return sums
 
 
-def fence(parts: StepParts, step: int) -> float:
-    """Wait until the last snapshot's copies are done; the live state may change afterwards. Seconds waited."""
+def fence(parts: StepParts, pending: Pending, step: int) -> CopyReport:
+    """Wait until the last snapshot's copies are done; the live state may change afterwards."""
     parts.watcher.enter(Phase.FENCE, step)
-    return parts.snapshots.fence()
+    copied = parts.snapshots.fence()
+    pending.is_held = copied.is_complete and copied.version == pending.version
+    return copied
 
 
 def vote(sums: Sequence[float], parts: StepParts, pending: Pending, step: int) -> Verdict:
@@ -170,7 +182,7 @@ def vote(sums: Sequence[float], parts: StepParts, pending: Pending, step: int) -
     if is_held_by_all:
         failpoints.hit("snapshot.before_commit", step)
         parts.snapshots.commit(pending.version)
-        pending.committed, pending.is_held = pending.version, False
+        pending.is_held = False
         failpoints.hit("snapshot.after_commit", step)
     return Verdict(
         loss=nats / targets if targets else 0.0,
@@ -192,8 +204,8 @@ def take(view: StateView, parts: StepParts, pending: Pending) -> float:
     started = time.perf_counter()
     parts.watcher.enter(Phase.CAPTURE, view.train.step)
     state = view.capture()
-    pending.version = view.train.step
-    pending.is_held = parts.snapshots.offer(state, pending.version)
-    if pending.is_held:
+    is_taken = parts.snapshots.offer(state, view.train.step)
+    pending.version, pending.is_held = view.train.step if is_taken else -1, False
+    if is_taken:
         pending.copied_bytes = sum(s.tensor.numel() * s.tensor.element_size() for s in state.slices)
     return time.perf_counter() - started

@@ -234,7 +234,7 @@ def test_a_successor_has_the_address_of_its_predecessor_and_nothing_else(fleet: 
     fleet.kill(_keeper(0))
     (second,) = _start(fleet, 0)
     assert second != first
-    assert _answer(fleet, fleet.call(_keeper(0), "inventory")).result == {}
+    assert _answer(fleet, fleet.call(_keeper(0), "inventory")).result["held"] == {}
 
 
 def test_a_dead_process_leaves_no_descriptor_behind(fleet: ProcessFleet) -> None:

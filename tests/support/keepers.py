@@ -12,7 +12,7 @@ from holdfast.fault_tolerance.keeper import Keeper
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, required_bytes
 from holdfast.launch.fleet import Address, Completion, Report, Role
 from holdfast.launch.protocol import describe_error
-from tests.support.snapshots import RUN_TAG, filled_state
+from tests.support.snapshots import RUN_TAG, AtOnce, filled_state
 
 __all__ = ["LocalFleet", "Sent", "attach", "make_keeper", "offer", "writer"]
 
@@ -36,7 +36,7 @@ def writer(
     """A worker's snapshotter over the memory of ``rank``, with room for ``filled_state``."""
     arena = attach(keeper, rank)
     arena.reserve(required_bytes(filled_state(0)))
-    return ArenaSnapshotter(
+    return AtOnce(
         arena, rank=rank, world=world, epoch=epoch, config_digest=config_digest, persist_every=persist_every
     )
 

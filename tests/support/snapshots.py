@@ -9,7 +9,16 @@ from holdfast.fault_tolerance.arena import Arena
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, required_bytes
 from holdfast.types import Quantization, RankState, SliceSpec, StateSlice
 
-__all__ = ["RUN_TAG", "bytes_of", "expected_bytes", "filled_state", "make_arena", "set_version", "snapshotter"]
+__all__ = [
+    "RUN_TAG",
+    "AtOnce",
+    "bytes_of",
+    "expected_bytes",
+    "filled_state",
+    "make_arena",
+    "set_version",
+    "snapshotter",
+]
 
 RUN_TAG = "test-run"
 
@@ -64,5 +73,12 @@ def make_arena(state: RankState, *, rank: int = 0, buffers: int = 3) -> Arena:
     return arena
 
 
+class AtOnce(ArenaSnapshotter):
+    """Has copied everything when ``offer`` returns; False also for what could not be copied."""
+
+    def offer(self, state: RankState, version: int) -> bool:
+        return super().offer(state, version) and self.fence().is_complete
+
+
 def snapshotter(arena: Arena, *, epoch: int = 1, persist_every: int = 0) -> ArenaSnapshotter:
-    return ArenaSnapshotter(arena, rank=arena.board.rank, world=1, epoch=epoch, persist_every=persist_every)
+    return AtOnce(arena, rank=arena.board.rank, world=1, epoch=epoch, persist_every=persist_every)

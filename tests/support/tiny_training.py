@@ -17,7 +17,7 @@ from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.model import Decoder, initialise
 from holdfast.trainer.observers import MemoryWatcher
 from holdfast.trainer.step import Microbatch
-from holdfast.types import Phase, RankState, SliceSpec, StateSlice
+from holdfast.types import CopyReport, Phase, RankState, SliceSpec, StateSlice
 
 __all__ = [
     "TINY",
@@ -119,11 +119,11 @@ class LateSnapshots(MemorySnapshotter):
         self._waiting = (state, version)
         return True
 
-    def fence(self) -> float:
+    def fence(self) -> CopyReport:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             super().offer(*waiting)
-        return 0.0
+        return super().fence()
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------
@@ -237,6 +237,7 @@ class NotingSnapshots:
         self.offered: list[int] = []
         self.held: list[int] = []
         self.committed: list[int] = []
+        self._open = -1
 
     def offer(self, state: RankState, version: int) -> bool:
         self._journal.append(f"offer {version}")
@@ -246,16 +247,22 @@ class NotingSnapshots:
             return False
         assert version not in self.held, "a version is offered again although it is held"
         self.held.append(version)
+        self._open = version
         return True
 
-    def fence(self) -> float:
+    def fence(self) -> CopyReport:
         self._journal.append("fence")
-        return self._fence_s
+        version, self._open = self._open, -1
+        return CopyReport(version, version >= 0, self._fence_s)
 
     def commit(self, version: int) -> None:
         self._journal.append(f"commit {version}")
         assert version in self.held, "a version is committed that is not held"
         self.committed.append(version)
+
+    @property
+    def newest_committed(self) -> int:
+        return max(self.committed, default=-1)
 
 
 class NotingWatcher(MemoryWatcher):

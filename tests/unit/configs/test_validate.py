@@ -76,6 +76,10 @@ def test_this_machine_may_run_the_defaults() -> None:
         ("snapshot.buffers", 17),
         ("snapshot.memory_limit_gb", -1.0),
         ("snapshot.persist_every_steps", -1),
+        ("snapshot.persist_every_s", -1.0),
+        ("snapshot.persist_every_s", float("inf")),
+        ("snapshot.persist_mb_per_s", -1.0),
+        ("snapshot.persist_mb_per_s", float("nan")),
         ("snapshot.keep_last", 1),
         ("recovery.heartbeat_s", 0.0),
         ("recovery.suspect_after_s", float("inf")),
@@ -164,7 +168,15 @@ def test_a_batch_that_does_not_divide_names_the_nearest_ones_that_do() -> None:
 
 def test_a_batch_below_one_micro_batch_per_rank_is_not_answered_with_zero() -> None:
     (problem,) = problems_of(trainer__global_batch=7)
-    assert problem.endswith("try trainer.global_batch=24")
+    assert "; try trainer.global_batch=24; " in problem
+
+
+@pytest.mark.parametrize(("nodes", "fitting"), [(5, "3 or 6"), (7, "6"), (4, "3 or 6")])
+def test_a_run_whose_batch_the_ranks_cannot_share_is_told_how_many_can(nodes: int, fitting: str) -> None:
+    """Its batch is part of what it computes."""
+    values = {"trainer__global_batch": 6, "trainer__micro_batch": 1, "launch__nodes": nodes}
+    (problem,) = problems_of(**values, snapshot__memory_limit_gb=1.0)
+    assert problem.endswith(f"; a run that is continued keeps its batch: give it {fitting} ranks")
 
 
 @pytest.mark.parametrize(("nodes", "workers_per_node"), [(1, 1), (3, 2), (2, 4)])
@@ -190,6 +202,28 @@ def test_checkpoints_are_written_from_snapshots() -> None:
     assert problem.startswith("snapshot.persist_every_steps=100 must be a multiple of snapshot.every_steps=7")
     assert problem.endswith("try snapshot.persist_every_steps=105")
     assert problems_of(snapshot__every_steps=7, snapshot__persist_every_steps=0) == []
+
+
+def test_a_bound_that_keeps_a_stopped_run_from_saving_itself_is_refused() -> None:
+    needed_mb = state_bytes(RunConfig()) * RunConfig().launch.workers_per_node / 1e6
+    assert problems_of(snapshot__persist_mb_per_s=needed_mb / 10, recovery__stop_grace_s=10.1) == []
+    (problem,) = problems_of(snapshot__persist_mb_per_s=needed_mb / 10, recovery__stop_grace_s=9.9)
+    assert "lets a checkpoint take 10 s, and a run that is asked to stop has recovery.stop_grace_s=9.9" in problem
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/p", "s3://b/p?regoin=x", "relative"])
+def test_a_storage_that_cannot_be_meant_is_refused_without_a_network(uri: str) -> None:
+    (problem,) = problems_of(snapshot__storage=uri)
+    assert problem.startswith(f"snapshot.storage {uri!r}")
+
+
+def test_a_storage_is_tried_before_anything_starts_and_left_as_it_was(tmp_path: Path) -> None:
+    storage = tmp_path / "durable"
+    validate.refuse_bad(changed(snapshot__storage=str(storage)))
+    assert [path for path in storage.rglob("*") if path.is_file()] == []
+    storage.joinpath("file").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=r"snapshot\.storage=.* cannot be used: .*Not a directory"):
+        validate.refuse_bad(changed(snapshot__storage=str(storage / "file")))
 
 
 def test_deadlines_are_ordered() -> None:
@@ -343,7 +377,7 @@ def test_sgd_without_momentum_keeps_masters_only() -> None:
 
 def test_snapshots_may_use_half_of_what_is_free() -> None:
     config = RunConfig()
-    need = 3 * 3 * state_bytes(config)
+    need = 3 * (3 + 1) * state_bytes(config)  # three nodes; two versions of parity, each half as large as a buffer
     assert check(config, Host(2 * need)) == []
     (problem,) = check(config, Host(2 * need - 2))
     assert problem.startswith(f"snapshots need {need:,} bytes of host memory")
@@ -352,6 +386,7 @@ def test_snapshots_may_use_half_of_what_is_free() -> None:
 
 def test_a_limit_of_the_users_own_replaces_the_half() -> None:
     config = changed(model__d_model=1024, model__n_layers=24, model__d_ff=4096, snapshot__memory_limit_gb=3.0)
+    config.snapshot.parity = 0
     per_node = 3 * state_bytes(config)
     assert 1 * 10**9 < per_node < 3 * 10**9
     assert check(config, Host(3 * per_node)) == []

@@ -13,11 +13,13 @@ import pytest
 
 from holdfast.errors import ManifestMismatch, ShardCorrupt, SnapshotError
 from holdfast.fault_tolerance import checkpoint
-from holdfast.fault_tolerance.storage import DirectoryStorage, MemoryStorage, Storage
+from holdfast.fault_tolerance.storage import DirectoryStorage, MemoryStorage, Storage, open_storage
 
 
-@pytest.fixture(params=["directory", "memory"])
+@pytest.fixture(params=["directory", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        return open_storage(request.getfixturevalue("s3_uri"))
     return DirectoryStorage(tmp_path) if request.param == "directory" else MemoryStorage()
 
 
@@ -232,7 +234,8 @@ def test_other_files_beside_the_checkpoints_are_left_alone(storage: Storage) -> 
     assert storage.exists("notes.txt") and storage.exists("step-5/x") and storage.exists("step-000000005/x")
 
 
-def test_a_step_beyond_eight_digits_has_a_name(storage: Storage) -> None:
+def test_a_step_beyond_eight_digits_has_a_name() -> None:
+    storage = MemoryStorage()
     assert checkpoint.step_of(checkpoint.directory(123_456_789)) == 123_456_789
     write(storage, 99_999_999, 100_000_000)
     assert good_steps(storage) == [100_000_000, 99_999_999]

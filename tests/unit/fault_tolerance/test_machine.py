@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -20,7 +21,10 @@ from holdfast.events import (
 )
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import RecoveryConfig
+from holdfast.fault_tolerance.lanes import Recorded, make_lanes
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
+from holdfast.fault_tolerance.policy import PARITY
+from holdfast.fault_tolerance.protection import FULL, REDUCED
 from holdfast.types import Phase
 
 _A = TypeVar("_A", bound=m.Action)
@@ -30,10 +34,13 @@ _E = TypeVar("_E", bound=Event)
 class Story:
     """Three ranks, one per node, worker i in seat i; worker 3 is the spare. Time moves only by ``after``."""
 
-    def __init__(self, *, spares: int = 1, hosts: Sequence[str] = ("a", "a", "a"), **recovery: float) -> None:
+    def __init__(
+        self, *, spares: int = 1, hosts: Sequence[str] = ("a", "a", "a"), has_parity: bool = False, **recovery: float
+    ) -> None:
         self.now = 50.0
         config = RecoveryConfig(**recovery)  # type: ignore[arg-type]  # each test names the few it changes
-        self.machine = Supervisor(Layout(len(hosts), 1, spares, tuple(hosts)), config, now=self.now)
+        lanes = make_lanes([range(len(hosts))], 1, 1) if has_parity else ()
+        self.machine = Supervisor(Layout(len(hosts), 1, spares, tuple(hosts), lanes), config, now=self.now)
         self.actions: list[m.Action] = []
         self.last: list[m.Action] = self.machine.start(self.now)
         self.actions += self.last
@@ -170,6 +177,35 @@ def test_a_refused_checkpoint_is_followed_by_the_next_older_one() -> None:
     story.tell(m.CheckpointRefused(1, 200, "rank 1: digest"))
     assert story.ordered(m.LoadCheckpoint) == [m.LoadCheckpoint(1, 100)]
     assert "rank 1: digest" in story.events(RecoveryPlanned)[-1].rejected[0]
+
+
+def test_a_checkpoint_of_another_layout_is_read_by_the_ranks_themselves() -> None:
+    story = Story().processes_start()
+    story.tell(m.InventoryTaken(1, {}, durable=(200, 100), foreign=(200,)))
+    assert not story.of(m.LoadCheckpoint)
+    (start,) = story.of(m.StartEpoch)
+    assert (start.version, start.from_storage) == (200, True)
+    (plan,) = story.events(RecoveryPlanned)
+    assert plan.reason.endswith("; another layout wrote it, each rank reads its part")
+
+
+def test_a_checkpoint_that_a_rank_could_not_use_is_followed_by_the_next_older_one() -> None:
+    story = Story().processes_start()
+    there = m.InventoryTaken(1, {}, durable=(200, 100), foreign=(200,))
+    story.tell(there).tell(story.parked(1, m.Outcome.CORRUPT, "a digest differs", version=200))
+    story.survivors_leave(0, 2).tell(replace(there, epoch=2))
+    assert story.ordered(m.LoadCheckpoint) == [m.LoadCheckpoint(2, 100)]
+    assert story.events(RecoveryPlanned)[-1].rejected == ("checkpoint of step 200: a digest differs",)
+    story.tell(m.CheckpointLoaded(2, 100))
+    assert [(start.version, start.from_storage) for start in story.of(m.StartEpoch)] == [(200, True), (100, False)]
+
+
+def test_memory_that_reaches_as_far_as_a_checkpoint_of_another_layout_is_better() -> None:
+    story = Story().processes_start()
+    held = {rank: (m.HeldVersion(200, 1, 3),) for rank in range(3)}
+    story.tell(m.InventoryTaken(1, held, durable=(200,), foreign=(200,)))
+    (start,) = story.of(m.StartEpoch)
+    assert (start.version, start.from_storage) == (200, False)
 
 
 def test_a_checkpoint_that_is_never_loaded_counts_as_refused() -> None:
@@ -713,3 +749,57 @@ def test_ranks_of_one_node_stay_together() -> None:
     machine.start(0.0)
     assert [member.node for member in machine.members] == [0, 0, 0, 1, 1, 1]
     assert [member.rank for member in story.machine.members] == [0, 1, 2]
+
+
+# -- a whole node -----------------------------------------------------------------------------------------------------
+
+
+def _without_node_1(story: Story, *, absent: Sequence[int] = (1,)) -> Story:
+    """Node 1 is gone with its keeper and its worker; replacements are ready; version 7 was committed."""
+    story.after(0.1, m.KeeperLost(1, "its host is gone"), m.WorkerLost(1, "its host is gone", story.now))
+    story.tell(*[story.parked(worker, m.Outcome.ABORTED) for worker in (0, 2)])
+    story.processes_start()
+    held = {r: tuple(m.HeldVersion(v, 1, 3) for v in (7, 8)) for r in range(3) if r not in absent}
+    recorded = (Recorded(7, 1, absent=tuple(absent), bare=tuple(absent)),)
+    return story.tell(m.InventoryTaken(story.machine.epoch, held, (2,), (), recorded))
+
+
+def test_what_a_lost_node_held_is_rebuilt_from_parity_before_anybody_starts() -> None:
+    story = _without_node_1(Story(has_parity=True).running(8))
+    epoch = story.machine.epoch
+    assert story.of(m.Rebuild) == [m.Rebuild(epoch, 7, 1, (1,))]
+    assert story.events(RecoveryPlanned)[-1].source == PARITY
+    assert len(story.of(m.StartEpoch)) == 1, "nobody starts before the memory is whole"
+    story.after(0.5, m.CheckpointLoaded(epoch, 7))
+    assert story.of(m.StartEpoch)[-1].version == 7
+    assert story.of(m.LoadCheckpoint) == []
+
+
+def test_a_rebuild_that_fails_takes_the_next_best_source() -> None:
+    story = _without_node_1(Story(has_parity=True).running(8))
+    story.tell(m.CheckpointRefused(story.machine.epoch, 7, "rank 1 was not rebuilt: ShardCorrupt"))
+    assert story.of(m.LoadCheckpoint)[-1].step == 2
+    assert any("rank 1 was not rebuilt" in reason for reason in story.events(RecoveryPlanned)[-1].rejected)
+
+
+def test_a_rebuild_that_does_not_end_is_given_up() -> None:
+    story = _without_node_1(Story(has_parity=True, step_timeout_s=30.0).running(8))
+    story.wait(31.0)
+    assert story.of(m.LoadCheckpoint)[-1].step == 2
+
+
+def test_two_lost_nodes_with_one_parity_go_back_to_the_checkpoint() -> None:
+    story = _without_node_1(Story(has_parity=True).running(8), absent=(1, 2))
+    assert story.of(m.Rebuild) == []
+    assert story.of(m.LoadCheckpoint)[-1].step == 2
+
+
+def test_until_parity_is_whole_again_the_run_says_that_it_is_not() -> None:
+    story = _without_node_1(Story(has_parity=True, spares=0).running(8))
+    epoch = story.machine.epoch
+    story.after(0.5, m.CheckpointLoaded(epoch, 7)).after(0.5).all_at(9)
+    assert [(p.level, "parity" in p.reason) for p in story.events(Protection)][-1] == (REDUCED, True)
+    story.tell(m.Protected(epoch - 1, 8)).all_at(9)
+    assert story.events(Protection)[-1].level == REDUCED
+    story.tell(m.Protected(epoch, 7)).all_at(10)
+    assert story.events(Protection)[-1].level == FULL

@@ -8,8 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.fault_tolerance.lanes import Recorded, make_lanes
 from holdfast.fault_tolerance.messages import HeldVersion
-from holdfast.fault_tolerance.policy import DISK, FRESH, MEMORY, NOTHING, View, decide, name_ranks, newest_common
+from holdfast.fault_tolerance.policy import (
+    DISK,
+    FRESH,
+    MEMORY,
+    NOTHING,
+    PARITY,
+    View,
+    decide,
+    name_ranks,
+    newest_common,
+)
 
 
 def _held(*versions: int, epoch: int = 1, world: int = 2) -> tuple[HeldVersion, ...]:
@@ -139,3 +150,67 @@ def test_whatever_is_chosen_exists_everywhere_and_nothing_newer_does(view: View)
     newer = {h.version for copies in view.held.values() for h in copies if h.version > decision.version}
     for version in newer:
         assert any(f"version {version} " in reason for reason in decision.rejected)
+
+
+# -- parity -----------------------------------------------------------------------------------------------------------
+
+_LANES = make_lanes([(0, 1, 2)], 1, 1)
+
+
+def _view(*recorded: Recorded, held: Mapping[int, tuple[HeldVersion, ...]] | None = None, **rest: object) -> View:
+    return View(3, held or {}, recorded=recorded, lanes=_LANES, **rest)  # type: ignore[arg-type]
+
+
+def test_one_lost_rank_is_restored_from_parity() -> None:
+    held = {rank: _held(4, 5, world=3) for rank in (0, 2)}
+    decision = decide(_view(Recorded(5, 1, absent=(1,)), Recorded(4, 1, absent=(1,)), held=held))
+    assert (decision.version, decision.source, decision.exit_code) == (5, PARITY, None)
+    assert decision.recorded == Recorded(5, 1, absent=(1,))
+    assert "but for rank 1" in decision.reason
+
+
+def test_a_newer_version_without_a_record_is_passed_over_with_its_reason() -> None:
+    held = {rank: _held(5, 6, world=3) for rank in (0, 2)}
+    decision = decide(_view(Recorded(5, 1, absent=(1,)), held=held))
+    assert (decision.version, decision.source) == (5, PARITY)
+    assert decision.rejected == ("version 6 in memory: not complete at rank 1",)
+
+
+def test_memory_is_preferred_to_parity_of_the_same_version_and_a_newer_version_to_both() -> None:
+    held = {rank: _held(5, world=3) for rank in range(3)}
+    assert decide(_view(Recorded(5, 1), held=held)).source == MEMORY
+    assert decide(_view(Recorded(5, 1, absent=(1,)), durable=(7,))).source == DISK
+    assert decide(_view(Recorded(5, 1, absent=(1,)), durable=(5,))).source == PARITY
+
+
+@pytest.mark.parametrize("recorded", [Recorded(5, 1, absent=(0, 1)), Recorded(5, 1, absent=(1,), bare=(1, 2))])
+def test_more_losses_than_parity_restores_go_to_the_checkpoint_with_the_reason(recorded: Recorded) -> None:
+    decision = decide(_view(recorded, durable=(3,)))
+    assert (decision.version, decision.source) == (3, DISK)
+    assert "version 5 from parity: " in decision.rejected[0]
+    assert "their parity restores 1" in decision.rejected[0]
+
+
+def test_the_rank_that_lost_its_snapshot_may_lack_its_parity_too() -> None:
+    assert decide(_view(Recorded(5, 1, absent=(1,), bare=(1,)))).source == PARITY
+
+
+def test_a_record_that_failed_is_not_tried_again() -> None:
+    view = _view(Recorded(5, 1, absent=(1,)), Recorded(4, 1, absent=(1,)), spoilt={(5, 1): "rank 1 was not rebuilt"})
+    decision = decide(view)
+    assert (decision.version, decision.source) == (4, PARITY)
+
+
+def test_losses_in_different_groups_do_not_add_up() -> None:
+    lanes = make_lanes([(0, 2), (1, 3)], 1, 1)
+    found = decide(View(4, {}, recorded=(Recorded(5, 1, absent=(0, 1)),), lanes=lanes))
+    assert found.source == PARITY
+    assert decide(View(4, {}, recorded=(Recorded(5, 1, absent=(0, 2)),), lanes=lanes)).source == FRESH
+
+
+def test_every_rank_is_in_one_lane_and_the_ranks_of_a_lane_are_on_different_nodes() -> None:
+    lanes = make_lanes([(0, 2, 4), (1, 3)], 2, 2)
+    assert sorted(rank for lane in lanes for rank in lane.ranks) == list(range(10))
+    for lane in lanes:
+        assert len({rank // 2 for rank in lane.ranks}) == len(lane.ranks)
+        assert lane.parity == min(2, len(lane.ranks) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +57,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeRun:
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "\n  train  train a language model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for name, does in (("train", "train a language model"), ("checkpoint", "list and verify the checkpoints")):
+        assert re.search(rf"\n  {name} +{does}", said)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,8 +86,8 @@ def test_the_module_is_the_command() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "a command is missing; choose one of train, or see holdfast --help"),
-        (["wibble"], "'wibble' is no command; choose one of train"),
+        ([], "a command is missing; choose one of train, plan, checkpoint, or see holdfast --help"),
+        (["wibble"], "'wibble' is no command; choose one of train, plan, checkpoint"),
         (["optim.lr=3"], "'optim.lr=3' is no command; did you mean holdfast train optim.lr=3?"),
         (["train", "--wibble"], "unrecognized arguments: --wibble; see holdfast train --help"),
         (["train", "--cfg"], "argument --cfg/-c: expected one argument; see holdfast train --help"),
@@ -250,8 +253,8 @@ def test_a_launcher_of_hydra_starts_the_runs(fake: FakeRun, capfd: pytest.Captur
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("holdfast", "train"),
-        ("holdfast tr", "train"),
+        ("holdfast", "train plan checkpoint"),
+        ("holdfast tr", "train plan checkpoint"),  # the shell chooses
         ("holdfast train optim=adamw", "optim=adamw optim=adamw8bit"),
         ("holdfast train seed=1 trainer.max", "trainer.max_steps="),
     ],

@@ -23,9 +23,10 @@ from holdfast.events import (
     RecoveryPlanned,
     StopRequested,
 )
-from holdfast.fault_tolerance import checkpoint
+from holdfast.fault_tolerance import checkpoint, commit
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import ChaosConfig, RecoveryConfig
+from holdfast.fault_tolerance.lanes import make_lanes
 from holdfast.fault_tolerance.machine import Layout, Supervisor
 from holdfast.fault_tolerance.storage import DirectoryStorage, open_storage
 from holdfast.launch import conductor as conductor_module
@@ -38,7 +39,7 @@ from holdfast.types import Phase, StepReport
 _WORLD = 2
 _MOST_POLLS = 20_000
 _NO_ANSWER_S = 60.0
-_EPOCH_METHODS = ("admit", "attach", "inventory", "forget_above", "run_epoch")
+_EPOCH_METHODS = ("admit", "attach", "inventory", "forget_above", "begin", "run_epoch")
 """What comes before an epoch, in order."""
 
 Story = Iterator[None]
@@ -84,6 +85,8 @@ class _Fleet:
         """What rank 0 has to tell besides steps."""
         self.memory: dict[int, dict[int, int]] = {rank: {} for rank in range(_WORLD)}
         """Epoch by version by rank; a worker carries it over when its keeper is replaced."""
+        self.records: dict[int, list[commit.CommitRecord]] = {node: [] for node in range(_WORLD)}
+        """What the keeper of each node knows to be committed; it goes with the keeper."""
         self.step, self.kept = 0, set[int]()
         self._reports: dict[int, list[StepReport]] = {rank: [] for rank in range(_WORLD)}
         self._admitted: set[int] = set()
@@ -147,7 +150,7 @@ class _Fleet:
         self.answer(sent, answer, error)
 
     def _ready(self, number: int) -> object:
-        return {"pid": 1000 + number, "host": "here"}
+        return {"pid": 1000 + number, "host": "here", "address": f"here:{number}"}
 
     def _admit(self, node: int, rank: int) -> object:
         self._admitted.add(node)
@@ -156,9 +159,21 @@ class _Fleet:
     def _attach(self, worker: int, rank: int, ref: Mapping[str, int]) -> None:
         assert ref == {"node": rank, "rank": rank}
 
-    def _inventory(self, node: int) -> object:
-        held = [{"version": v, "epoch": e, "world": _WORLD} for v, e in self.memory[node].items()]
-        return {str(node): held}
+    def _inventory(self, node: int, epoch: int = 0) -> object:
+        held = [{"version": v, "epoch": e, "world": _WORLD, "digest": f"{v}-{e}"} for v, e in self.memory[node].items()]
+        report = commit.Report(node, epoch, tuple(self.records[node]), (), ())
+        parity = [record.key for record in self.records[node]]
+        return {"held": {str(node): held}, "parity": parity, "report": commit.to_json(report)}
+
+    def _begin(self, node: int, plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
+        assert plan["addresses"] == {str(each): f"here:{each}" for each in range(_WORLD)}
+        assert outcome["fence"] == plan["epoch"]
+
+    def _rebuild(self, node: int, rank: int, record: Mapping[str, Any], plan: object, lost: Sequence[int]) -> int:
+        assert rank in lost
+        version = int(record["version"])
+        self.memory[rank][version] = 1
+        return version
 
     def _forget_above(self, node: int, version: int) -> None:
         self.memory[node] = {v: e for v, e in self.memory[node].items() if v <= version}
@@ -196,7 +211,8 @@ class _Fleet:
         versions = [{"version": v, "epoch": e, "kept": v in self.kept} for v, e in self.memory[node].items()]
         new = [asdict(report) for report in reports[since.get(str(node), 0) :]]
         seen = {"beat": beat, "next_seq": len(reports), "versions": versions, "reports": new}
-        return {"now": now, "ranks": {str(node): seen} if node in self._admitted else {}}
+        ranks = {str(node): seen} if node in self._admitted else {}
+        return {"now": now, "ranks": ranks, "protection": {"epoch": -1, "committed": -1}}
 
     # -- what a story may do --------------------------------------------------------------------------------------
 
@@ -280,7 +296,10 @@ class _Run:
             trainer=TrainerConfig(eval_every=eval_every),
         )
         self.storage = DirectoryStorage(root / "checkpoints")
-        layout = Layout(nodes=_WORLD, workers_per_node=1, spares=spares, hosts=tuple(self.fleet.hosts(_WORLD)))
+        hosts = tuple(self.fleet.hosts(_WORLD))
+        layout = Layout(
+            nodes=_WORLD, workers_per_node=1, spares=spares, hosts=hosts, lanes=make_lanes([range(_WORLD)], 1, 1)
+        )
         durable = DurableTier(
             str(root / "checkpoints"), self.config.snapshot, world=_WORLD, config_digest="cfg", events=self.events
         )
@@ -288,6 +307,7 @@ class _Run:
             self.config,
             fleet=self.fleet,
             supervisor=Supervisor(layout, self.config.recovery, now=self.clock.now()),
+            layout=layout,
             specs=ProcessSpecs(worker={"for": "workers"}, keeper={"for": "keepers"}),
             durable=durable,
             run_dir=root,
@@ -364,6 +384,7 @@ def test_a_run_starts_step_by_step(run: _Run) -> None:
         (("attach", "worker"), 2),
         (("inventory", "keeper"), 2),
         (("forget_above", "keeper"), 2),
+        (("begin", "keeper"), 2),
         (("run_epoch", "worker"), 2),
     ]
     assert [e.version for e in run.events.events if isinstance(e, EpochStarted)] == [-1]
@@ -568,7 +589,7 @@ def test_after_the_loss_of_a_keeper_its_pulses_are_forgotten(run: _Run) -> None:
     assert run.causes() == ["killed by SIGKILL"]
 
 
-@pytest.mark.parametrize("method", ["ready", "admit", "inventory", "forget_above", "pulse"])
+@pytest.mark.parametrize("method", ["ready", "admit", "inventory", "forget_above", "begin", "pulse"])
 @pytest.mark.parametrize("form", ["lost", "error"])
 def test_a_keeper_that_fails_is_one_fault_and_is_replaced_once_and_no_worker_suffers(
     run: _Run, method: str, form: str

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.clock import FakeClock
 from holdfast.errors import SnapshotError
 from holdfast.events import CheckpointRejected, CheckpointWritten, MemoryEvents
 from holdfast.fault_tolerance import checkpoint
@@ -33,19 +34,29 @@ _NEVER = float("inf")
 class _Run:
     """Two nodes of one rank each, and the part of a driver that checkpoints need."""
 
-    def __init__(self, root: Path, *, keep_last: int = 2, epoch: int = 1, config_digest: str = "cfg") -> None:
-        self.root, self.events, self.now = root, MemoryEvents(), 100.0
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep_last: int = 2,
+        epoch: int = 1,
+        config_digest: str = "cfg",
+        persist_every_s: float = 0.0,
+        persist_every: int = 2,
+    ) -> None:
+        self.root, self.events, self.now, self.clock = root, MemoryEvents(), 100.0, FakeClock(100.0)
         self.keepers = [make_keeper(node) for node in range(_WORLD)]
-        self.ranks = self.writers(epoch)
+        self.ranks = self.writers(epoch, persist_every)
         self.fleet = LocalFleet.of_keepers(*self.keepers)
         self.calls = Calls(self.fleet)
         self.pulse = Pulse(self.calls, interval_s=0.0, silence_s=1e9, on_step=lambda _: None)
         self.durable = DurableTier(
             str(root),
-            SnapshotConfig(keep_last=keep_last),
+            SnapshotConfig(keep_last=keep_last, persist_every_s=persist_every_s),
             world=_WORLD,
             config_digest=config_digest,
             events=self.events,
+            clock=self.clock,
         )
         self.loaded: list[str] = []
 
@@ -236,6 +247,85 @@ def test_at_the_end_of_a_run_without_a_step_nothing_is_written(run: _Run, versio
 def test_at_the_end_without_keepers_there_is_nothing_to_wait_for(run: _Run) -> None:
     run.durable.persist_newest(run.calls, [], run.keeper, deadline_s=_NEVER)
     assert run.durable.is_idle
+
+
+# -- by the clock -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> _Run:
+    """No steps ask for a checkpoint, only time: after 60 seconds."""
+    return _Run(tmp_path, persist_every_s=60.0, persist_every=0)
+
+
+def _ready(run: _Run, *versions: int) -> None:
+    run.train(*versions)
+    run.turns()
+
+
+def test_when_the_time_has_come_the_newest_common_version_is_written(timed: _Run) -> None:
+    _ready(timed, 1, 2, 3)
+    timed.clock.advance(59.9)
+    timed.turns()
+    assert timed.written() == []
+    offer(timed.ranks[0], 4, commit=False)
+    timed.clock.advance(0.2)
+    timed.turns()
+    assert (timed.written(), timed.on_disk(), timed.rejected()) == ([3], [3], [])
+
+
+def test_the_time_counts_from_the_last_checkpoint_whatever_asked_for_it(tmp_path: Path) -> None:
+    run = _Run(tmp_path, persist_every_s=60.0, persist_every=2)
+    run.clock.advance(50.0)
+    _ready(run, 1, 2, 3)
+    assert run.written() == [2]
+    run.clock.advance(59.0)
+    run.turns()
+    assert run.written() == [2]
+    run.clock.advance(2.0)
+    run.turns()
+    assert run.written() == [2, 3]
+
+
+def test_without_a_new_step_nothing_is_written_again(timed: _Run) -> None:
+    _ready(timed, 1, 2)
+    for _ in range(5):
+        timed.clock.advance(61.0)
+        timed.turns()
+    assert (timed.written(), timed.rejected()) == ([2], [])
+
+
+def test_without_an_interval_time_asks_for_nothing(tmp_path: Path) -> None:
+    run = _Run(tmp_path, persist_every=0)
+    _ready(run, 1, 2, 3)
+    run.clock.advance(1e9)
+    run.turns()
+    assert "persist" not in run.fleet.methods()
+
+
+def test_a_version_that_was_replaced_meanwhile_is_an_event_and_the_next_try_comes_soon(timed: _Run) -> None:
+    _ready(timed, 1, 2)
+    timed.clock.advance(60.0)
+    timed.fleet.held_back.add("persist")
+    timed.turns()
+    timed.train(3, 4, 5, 6)
+    timed.fleet.held_back.clear()
+    timed.turns(2)
+    assert (timed.written(), len(timed.rejected()), timed.durable.is_idle) == ([], 1, True)
+    timed.clock.advance(6.1)
+    timed.turns()
+    assert timed.written() == [6]
+
+
+def test_what_a_fault_has_abandoned_is_due_at_once(timed: _Run) -> None:
+    _ready(timed, 1, 2)
+    timed.clock.advance(60.0)
+    timed.fleet.held_back.add("persist")
+    timed.turns()
+    timed.durable.abandon()
+    timed.fleet.held_back.clear()
+    timed.turns()
+    assert timed.written() == [2]
 
 
 # -- what goes wrong is an event --------------------------------------------------------------------------------------
@@ -464,13 +554,13 @@ def test_files_that_were_never_finished_are_gone_when_the_next_driver_begins(tmp
 # -- what is there ----------------------------------------------------------------------------------------------------
 
 
-def _checkpoint(root: Path, step: int, *, world: int = _WORLD, config_digest: str = "cfg") -> None:
+def _checkpoint(root: Path, step: int, *, world: int = _WORLD, config_digest: str = "cfg", layout: str = "") -> None:
     storage, folder = DirectoryStorage(root), checkpoint.directory(step)
     receipts: dict[int, Mapping[str, Any]] = {
         rank: checkpoint.write_rank(storage, folder, rank, data=[b"data"], manifest=b"manifest")
         for rank in range(world)
     }
-    checkpoint.commit(storage, step, receipts=receipts, config_digest=config_digest)
+    checkpoint.commit(storage, step, receipts=receipts, config_digest=config_digest, layout=layout)
 
 
 def test_the_survey_of_an_empty_directory_finds_nothing(run: _Run) -> None:
@@ -488,19 +578,44 @@ def test_the_survey_lists_good_ones_newest_first_and_others_with_a_reason(run: _
     _checkpoint(run.root, 60)
     checkpoint.quarantine(DirectoryStorage(run.root), 60, "a digest did not match")
     good, reasons = run.durable.survey()
-    assert good == (20, 10, 5)
-    assert run.durable.newest_step == 20
+    assert good == (30, 20, 10, 5)
+    assert run.durable.foreign == (30,)
+    assert run.durable.newest_step == 30
     assert dict(reason.split(": ", 1) for reason in reasons) == {
-        "step-00000030": "written by 3 ranks, this run has 2; run it with 3 ranks",
-        "step-00000040": "written with another model, data, optimizer or parallel layout",
+        "step-00000040": "written with another model, data, optimizer or precision",
         "step-00000050": "step-00000050/rank00001.bin has 1 bytes, 4 were written",
         "rejected-step-00000060": "a digest did not match",
     }
     assert run.rejected() == [(name, why) for name, _, why in (reason.partition(": ") for reason in reasons)]
 
 
+def test_a_checkpoint_of_other_ranks_or_of_another_or_an_unknown_layout_is_foreign(run: _Run) -> None:
+    mine = DurableTier(
+        str(run.root), SnapshotConfig(), world=_WORLD, config_digest="cfg", events=run.events, layout="2 ranks, ZeRO"
+    )
+    layouts = {10: (2, "2 ranks, ZeRO"), 20: (3, "3 ranks, ZeRO"), 30: (2, "2 ranks, flat"), 40: (2, "")}
+    for step, (world, layout) in layouts.items():
+        _checkpoint(run.root, step, world=world, layout=layout)
+    assert mine.survey() == ((40, 30, 20, 10), ())
+    assert mine.foreign == (40, 30, 20)
+
+
+def test_a_condemned_checkpoint_is_put_aside_when_nobody_can_be_reading_it_any_more(run: _Run) -> None:
+    for step in (10, 20, 30):
+        _checkpoint(run.root, step, world=3)
+    run.durable.survey()
+    run.durable.condemn(30, "ShardCorrupt: a digest differs")
+    run.durable.condemn(20, "SnapshotError: cannot read")
+    assert run.on_disk() == [10, 20, 30]
+    good, refused = run.durable.survey()
+    assert good == run.durable.foreign == (20, 10)  # what cannot be read today may be read tomorrow
+    assert refused == ("rejected-step-00000030: ShardCorrupt: a digest differs",)
+    assert run.on_disk() == [10, 20]
+    assert ("step-00000020", "SnapshotError: cannot read") in run.rejected()
+
+
 def test_a_reason_is_told_once(run: _Run) -> None:
-    _checkpoint(run.root, 30, world=3)
+    _checkpoint(run.root, 30, config_digest="another")
     run.durable.survey()
     _checkpoint(run.root, 40, config_digest="other")
     assert len(run.durable.survey()[1]) == 2

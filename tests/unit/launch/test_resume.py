@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError
-from holdfast.launch.resume import Opening, open_run
+from holdfast.fault_tolerance import checkpoint
+from holdfast.fault_tolerance.config import SnapshotConfig
+from holdfast.fault_tolerance.storage import DirectoryStorage
+from holdfast.launch.resume import Opening, checkpoints_uri, open_run
 from holdfast.launch.run_dir import RunDir
 from holdfast.trainer.config import TrainerConfig
 
@@ -88,7 +93,7 @@ def test_every_newer_run_that_is_passed_over_has_its_reason_told_newest_first(tm
     assert "run.json cannot be read" in passed_over[0]
     assert "driven by" in passed_over[1]
     assert "finished at step 300" in passed_over[2]
-    assert "another model, data, optimizer, batch, seed or parallel layout" in passed_over[3]
+    assert "another model, data, optimizer, batch, seed or precision" in passed_over[3]
 
 
 def test_a_new_run_says_why_the_others_are_not_continued(tmp_path: Path) -> None:
@@ -221,3 +226,59 @@ def test_a_new_attempt_makes_a_finished_run_unfinished(tmp_path: Path) -> None:
     config = _config(tmp_path)
     assert open_run(config, _DIGEST).run_dir.run_id == "run1"
     assert not open_run(replace(config, run_id="run1"), _DIGEST).is_finished
+
+
+# -- checkpoints in another place -------------------------------------------------------------------------------------
+
+
+def _stored(uri: Path, run_id: str, *, commit: bool = True) -> None:
+    storage = DirectoryStorage(uri / "project" / run_id)
+    receipts: dict[int, Mapping[str, Any]] = {
+        0: checkpoint.write_rank(storage, checkpoint.directory(5), 0, data=[b"data"], manifest=b"manifest")
+    }
+    if commit:
+        checkpoint.commit(storage, 5, receipts=receipts, config_digest=_DIGEST)
+
+
+def _elsewhere(root: Path, durable: Path, *, run_id: str = "run1", resume: str = "auto") -> RunConfig:
+    return replace(_config(root, run_id=run_id, resume=resume), snapshot=SnapshotConfig(storage=str(durable)))
+
+
+@pytest.mark.parametrize("policy", ["auto", "must", "run1"])
+def test_a_run_whose_checkpoints_another_machine_wrote_is_continued_in_a_new_directory(
+    tmp_path: Path, policy: str
+) -> None:
+    _stored(tmp_path / "durable", "run1")
+    opening = open_run(_elsewhere(tmp_path / "root", tmp_path / "durable", resume=policy), _DIGEST)
+    assert opening.how == f"continuing run1 from {tmp_path}/durable/project/run1; its directory is new here"
+    assert opening.run_dir.path == tmp_path / "root" / "project" / "run1"
+    assert checkpoints_uri(_elsewhere(tmp_path, tmp_path / "durable"), opening.run_dir) == str(
+        tmp_path / "durable" / "project" / "run1"
+    )
+
+
+def test_never_refuses_a_run_that_has_checkpoints_anywhere(tmp_path: Path) -> None:
+    _stored(tmp_path / "durable", "run1")
+    with pytest.raises(ConfigurationError, match=r"run run1 exists already in .*durable/project/run1 and resume=never"):
+        open_run(_elsewhere(tmp_path / "root", tmp_path / "durable", resume="never"), _DIGEST)
+    assert _names(tmp_path / "root") == set()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_what_was_never_committed_is_no_run(tmp_path: Path, resume: str) -> None:
+    _stored(tmp_path / "durable", "run1", commit=False)
+    opening = open_run(_elsewhere(tmp_path / "root", tmp_path / "durable", resume=resume), _DIGEST)
+    assert opening.how == f"{resume}: run run1 is new"
+
+
+def test_a_storage_that_does_not_answer_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "durable" / "project").mkdir(parents=True)
+    (tmp_path / "durable" / "project" / "run1").write_bytes(b"no directory")
+    with pytest.raises(ConfigurationError, match="nobody knows whether it has checkpoints"):
+        open_run(_elsewhere(tmp_path / "root", tmp_path / "durable"), _DIGEST)
+    assert _names(tmp_path / "root") == set()
+
+
+def test_without_a_storage_checkpoints_are_in_the_run_directory(tmp_path: Path) -> None:
+    run = _made(tmp_path, "run1", created=1.0)
+    assert checkpoints_uri(_config(tmp_path), run) == str(run.checkpoints)

@@ -333,7 +333,7 @@ def test_runs_that_are_passed_over_are_told_with_the_reason_newest_first(tmp_pat
         f"driven: driven by pid {os.getpid()} on {socket.gethostname()}",
         "newer: format_version=2, this Holdfast reads 1",
         "finished: finished at step 300",
-        "other: another model, data, optimizer, batch, seed or parallel layout",
+        "other: another model, data, optimizer, batch, seed or precision",
     ]
     assert _found(tmp_path)[0] == "driven"
 

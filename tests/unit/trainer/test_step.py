@@ -228,20 +228,20 @@ def test_a_version_is_committed_by_the_vote_of_the_next_step() -> None:
 @pytest.mark.parametrize(("others_hold", "is_committed"), [(2.0, True), (1.0, False), (0.0, False)])
 def test_a_version_is_committed_only_if_every_rank_holds_it(others_hold: float, is_committed: bool) -> None:
     rank = _Rank(world=3, others=[(0.0, 0.0, 0.0, others_hold, 0.0)])
-    rank.pending = Pending(version=4, is_held=True, committed=3)
+    rank.pending = Pending(version=4, is_held=True, restored=3)
     rank.snapshots.held = [3, 4]
     verdict = vote([1.0, 1.0, 1.0], rank.parts, rank.pending, 4)
     assert verdict.is_held_by_all is is_committed
     assert rank.snapshots.committed == ([4] if is_committed else [])
-    assert rank.pending == Pending(version=4, is_held=not is_committed, committed=4 if is_committed else 3)
+    assert rank.pending == Pending(version=4, is_held=not is_committed, restored=3)
 
 
 def test_a_rank_that_lacks_the_version_keeps_all_others_from_committing_it() -> None:
     rank = _Rank(world=3, others=[(0.0, 0.0, 0.0, 2.0, 0.0)])
-    rank.pending = Pending(version=4, is_held=False, committed=3)
+    rank.pending = Pending(version=4, is_held=False, restored=3)
     assert not vote([1.0, 1.0, 1.0], rank.parts, rank.pending, 4).is_held_by_all
     assert rank.snapshots.committed == []
-    assert rank.pending.committed == 3
+    assert rank.snapshots.newest_committed == -1
 
 
 def test_a_skipped_version_is_never_committed_and_the_next_one_is() -> None:

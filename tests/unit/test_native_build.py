@@ -1,4 +1,4 @@
-"""The build of the C++ kernels: what is in a library and what is not, and what happens where there can be none."""
+"""The build of C++ libraries: what is in one and what is not, and what happens where there can be none."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from holdfast.optim import build_kernels
-from holdfast.optim.build_kernels import KernelsNotBuilt, build, compile_library, find_compiler, known_to
+from holdfast import native_build
+from holdfast.fault_tolerance.build_kernels import NATIVE as STAGING
+from holdfast.native_build import KernelsNotBuilt, NativeLibrary, compile_library, find_compiler, known_to, main
+from holdfast.optim.build_kernels import NATIVE as OPTIM
 
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[2]
+_FUNCTION_OF = {OPTIM: "holdfast_update", STAGING: "holdfast_stage"}
 _IS_OBJECT = "D", "R"
 """Kinds of nm for a constant object; a function would be T or W."""
 
@@ -41,14 +45,19 @@ def _fake_compiler(directory: Path, lacks: str = "nothing") -> dict[str, str]:
     return {"CXX": str(path)}
 
 
+@pytest.fixture(scope="module", params=_FUNCTION_OF, ids=["optim", "staging"])
+def library(request: pytest.FixtureRequest) -> NativeLibrary:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(library: NativeLibrary, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real library and its objects, with two instruction sets where there are two."""
     try:
         compiler = find_compiler(os.environ)
     except KernelsNotBuilt as error:
         pytest.skip(str(error))
-    return compile_library(compiler, known_to(compiler, ["avx2"]), tmp_path_factory.mktemp("kernels"))
+    return compile_library(library, compiler, known_to(compiler, ["avx2"]), tmp_path_factory.mktemp("kernels"))
 
 
 def _symbols(path: Path, *options: str) -> dict[str, str]:
@@ -62,9 +71,11 @@ def _symbols(path: Path, *options: str) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_library_exports_its_own_functions_and_nothing_of_the_runtime_it_brings(compiled: Path) -> None:
+def test_a_library_exports_its_own_functions_and_nothing_of_the_runtime_it_brings(
+    library: NativeLibrary, compiled: Path
+) -> None:
     names = _symbols(compiled, "--dynamic")
-    assert "holdfast_update" in names
+    assert _FUNCTION_OF[library] in names
     assert [name for name in names if not name.startswith("holdfast_")] == []
 
 
@@ -72,7 +83,7 @@ def test_a_library_exports_its_own_functions_and_nothing_of_the_runtime_it_bring
 @pytest.mark.timeout(300)
 def test_an_instruction_set_offers_one_symbol_so_that_no_linker_can_mix_two(compiled: Path) -> None:
     """A function that several objects offer is one function in the library, for a processor that it may not be on."""
-    engines = [compiled.with_name(f"{isa}.o") for isa in build_kernels.ISAS]
+    engines = [compiled.with_name(f"{isa}.o") for isa in native_build.FLAGS_OF]
     for path in filter(Path.exists, engines):
         ((name, kind),) = _symbols(path).items()
         assert name == f"kernels_{path.stem}" and kind in _IS_OBJECT
@@ -80,60 +91,81 @@ def test_an_instruction_set_offers_one_symbol_so_that_no_linker_can_mix_two(comp
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_library_says_which_sources_it_was_built_from(compiled: Path) -> None:
-    library = ctypes.CDLL(str(compiled))
-    library.holdfast_sources.restype = ctypes.c_char_p
-    assert library.holdfast_sources().decode() == build_kernels.digest()
-    assert build_kernels.is_current(compiled)
+def test_a_library_says_which_sources_it_was_built_from(library: NativeLibrary, compiled: Path) -> None:
+    loaded = ctypes.CDLL(str(compiled))
+    loaded.holdfast_sources.restype = ctypes.c_char_p
+    assert loaded.holdfast_sources().decode() == library.digest()
+    assert [other for other in _FUNCTION_OF if other.is_current(compiled)] == [library]
 
 
 def test_a_change_of_a_source_of_its_name_or_of_a_flag_makes_a_library_outdated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: NativeLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = tmp_path / "lib.so"
-    build(library, _fake_compiler(tmp_path))
-    assert build_kernels.is_current(library)
-    digests = {build_kernels.digest()}
-    shutil.copytree(build_kernels.KERNELS, tmp_path / "kernels")
-    monkeypatch.setattr(build_kernels, "KERNELS", tmp_path / "kernels")
-    assert build_kernels.is_current(library)
+    built = tmp_path / "lib.so"
+    library.build(built, _fake_compiler(tmp_path))
+    assert library.is_current(built)
+    digests = {library.digest()}
+    shutil.copytree(library.kernels, tmp_path / "kernels")
+    library = replace(library, kernels=tmp_path / "kernels")
+    assert library.is_current(built)
     header = tmp_path / "kernels" / "abi.h"
     header.write_bytes(header.read_bytes() + b"\n")
-    digests.add(build_kernels.digest())
+    digests.add(library.digest())
     header.rename(header.with_name("abj.h"))
-    digests.add(build_kernels.digest())
-    monkeypatch.setitem(build_kernels.ISAS, "avx2", ("-mavx2", "-mfma"))
-    digests.add(build_kernels.digest())
+    digests.add(library.digest())
+    monkeypatch.setitem(native_build.FLAGS_OF, "avx2", ("-mavx2", "-mfma"))
+    digests.add(library.digest())
     assert len(digests) == 4
-    assert not build_kernels.is_current(library)
+    assert not library.is_current(built)
 
 
-def test_a_library_that_is_missing_is_not_current(tmp_path: Path) -> None:
-    assert not build_kernels.is_current(tmp_path / "lib.so")
+def test_a_library_that_is_missing_outdated_or_broken_is_not_loaded_and_it_says_which(tmp_path: Path) -> None:
+    library = replace(STAGING, path=tmp_path / "lib.so")
+    assert not library.is_current() and library.load() == f"{library.path} has not been built"
+    library.path.write_text("of other times")
+    assert not library.is_current() and library.load() == f"{library.path} was built from other sources"
+    library.build(library.path, _fake_compiler(tmp_path))
+    assert library.is_current() and f"{library.path} cannot be loaded (" in str(library.load())
 
 
 def test_flags_that_the_compiler_does_not_know_leave_their_instruction_set_out(tmp_path: Path) -> None:
-    library = tmp_path / "lib.so"
-    assert build(library, _fake_compiler(tmp_path, lacks="-mavx512vbmi")) == ["portable", "avx2", "avx512"]
-    assert build(library, _fake_compiler(tmp_path, lacks="-mavx512f")) == ["portable", "avx2"]
-    made_with = library.read_text()
+    built = tmp_path / "lib.so"
+    assert OPTIM.build(built, _fake_compiler(tmp_path, lacks="-mavx512vbmi")) == ["portable", "avx2", "avx512"]
+    assert OPTIM.build(built, _fake_compiler(tmp_path, lacks="-mavx512f")) == ["portable", "avx2"]
+    made_with = built.read_text()
     assert "kernels_avx2" in made_with and "HOLDFAST_HAS_AVX2" in made_with and "AVX512" not in made_with
 
 
 def test_instruction_sets_can_be_chosen_and_portable_is_always_there(tmp_path: Path) -> None:
-    assert build(tmp_path / "lib.so", _fake_compiler(tmp_path), ["avx512"]) == ["portable", "avx512"]
+    assert OPTIM.build(tmp_path / "lib.so", _fake_compiler(tmp_path), ["avx512"]) == ["portable", "avx512"]
+
+
+def test_a_library_is_built_for_its_own_instruction_sets(library: NativeLibrary, tmp_path: Path) -> None:
+    environment = _fake_compiler(tmp_path)
+    assert library.build(tmp_path / "lib.so", environment) == list(library.isas)
+    rest = ["avx512vbmi"] if library is OPTIM else []
+    assert library.build(tmp_path / "lib.so", environment, ["avx512vbmi"]) == ["portable", *rest]
+
+
+def test_every_source_is_compiled_once_and_the_engine_for_each_instruction_set(
+    library: NativeLibrary, tmp_path: Path
+) -> None:
+    library.build(tmp_path / "lib.so", _fake_compiler(tmp_path))
+    compiled = [line.split(" -c ")[1].split()[0] for line in (tmp_path / "lib.so").read_text().splitlines()[:-1]]
+    once = sorted(path.name for path in library.kernels.glob("*.cpp") if path.name != "engine.cpp")
+    assert compiled == [*once, *["engine.cpp"] * len(library.isas)]
 
 
 def test_a_library_takes_the_place_of_another_in_one_move(tmp_path: Path) -> None:
     """A process that has the old one loaded keeps it whole."""
-    library = tmp_path / "new" / "lib.so"
+    built = tmp_path / "new" / "lib.so"
     environment = _fake_compiler(tmp_path)
-    build(library, environment, [])
-    with library.open() as old:
-        build(library, environment, ["avx2"])
+    STAGING.build(built, environment, ["portable"])
+    with built.open() as old:
+        STAGING.build(built, environment, ["avx2"])
         assert "avx2" not in old.read()
-    assert "avx2" in library.read_text()
-    assert os.listdir(library.parent) == ["lib.so"]
+    assert "avx2" in built.read_text()
+    assert os.listdir(built.parent) == ["lib.so"]
 
 
 @pytest.mark.parametrize(
@@ -148,43 +180,50 @@ def test_a_library_takes_the_place_of_another_in_one_move(tmp_path: Path) -> Non
 def test_without_a_working_compiler_it_says_why_and_leaves_what_was_there(
     environment: dict[str, str], says: str, tmp_path: Path
 ) -> None:
-    library = tmp_path / "lib.so"
-    library.write_text("old")
+    built = tmp_path / "lib.so"
+    built.write_text("old")
     with pytest.raises(KernelsNotBuilt, match=says):
-        build(library, environment)
-    assert library.read_text() == "old"
+        STAGING.build(built, environment)
+    assert built.read_text() == "old"
     assert os.listdir(tmp_path) == ["lib.so"]
 
 
 def test_a_compiler_is_quoted_on_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(KernelsNotBuilt, match=r"failed \(1\): error: what is -fPIC\?$") as caught:
-        build(tmp_path / "lib.so", _fake_compiler(tmp_path, lacks="-fPIC"))
+        STAGING.build(tmp_path / "lib.so", _fake_compiler(tmp_path, lacks="-fPIC"))
     assert caught.value.details == "error: what is -fPIC?\n"
 
 
 def test_without_static_runtime_libraries_it_links_the_shared_ones(tmp_path: Path) -> None:
-    build(tmp_path / "lib.so", _fake_compiler(tmp_path, lacks="-static-libstdc++"))
+    STAGING.build(tmp_path / "lib.so", _fake_compiler(tmp_path, lacks="-static-libstdc++"))
     assert "-shared" in (tmp_path / "lib.so").read_text()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(KernelsNotBuilt, match=r"/file/lib\.so cannot be written: "):
-        build(tmp_path / "file" / "lib.so", _fake_compiler(tmp_path))
+        STAGING.build(tmp_path / "file" / "lib.so", _fake_compiler(tmp_path))
 
 
 def test_the_command_builds_in_place_or_says_why_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build_kernels, "LIBRARY", tmp_path / "lib.so")
+    library = replace(OPTIM, path=tmp_path / "lib.so")
     monkeypatch.setenv("CXX", _fake_compiler(tmp_path)["CXX"])
-    assert build_kernels.main([]) == 0
-    assert f"{tmp_path / 'lib.so'}: portable, avx2, avx512, avx512vbmi; built in" in capsys.readouterr().out
+    assert main(library, []) == 0
+    assert f"{library.path}: portable, avx2, avx512, avx512vbmi; built in" in capsys.readouterr().out
     monkeypatch.setenv("CXX", "nowhere")
-    assert build_kernels.main([]) == 1
+    assert main(library, []) == 1
     assert capsys.readouterr().err == "error: the C++ compiler CXX=nowhere was not found\n"
-    assert build_kernels.main(["avx3"]) == 2
+    assert main(library, ["avx3"]) == 2
     assert "'avx3' does not exist; there are portable, avx2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["optim", "fault_tolerance"])
+def test_each_part_has_the_command(part: str) -> None:
+    command = [sys.executable, "-m", f"holdfast.{part}.build_kernels", "avx3"]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "'avx3' does not exist" in done.stderr
 
 
 def _wheel(directory: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -204,12 +243,15 @@ def test_a_wheel_is_for_one_platform_with_the_library_and_for_all_without(tmp_pa
     (wheel,) = (tmp_path / "dist").iterdir()
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
-    assert {f"holdfast/optim/kernels/{name}" for name in ("libholdfast_optim.so", "engine.cpp", "abi.h")} <= names
+    for library in _FUNCTION_OF:
+        kernels = library.kernels.relative_to(_ROOT)
+        assert {str(kernels / name) for name in (library.path.name, "engine.cpp", "abi.h")} <= names
     wheel.unlink()
 
     without = _wheel(tmp_path, {"CXX": "nowhere"})  # what the first build has left is there
     assert without.returncode == 0
     assert "CXX=nowhere was not found. The optimizer will take plain torch operations" in without.stderr
+    assert "CXX=nowhere was not found. Snapshots will be copied by NumPy" in without.stderr
     (wheel,) = (tmp_path / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     assert [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")] == []

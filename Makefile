@@ -5,13 +5,16 @@ BIN := .venv/bin
 
 KERNELS := $(wildcard holdfast/native_build.py holdfast/*/build_kernels.py holdfast/*/kernels/*.cpp holdfast/*/kernels/*.h)
 
-.PHONY: train test check setup kernels wheel clean
+.PHONY: train test sweep check setup kernels wheel clean
 
 train: .venv/stamp  ## set up, then train the main job
 	$(BIN)/holdfast train experiment=main_job $(ARGS)
 
 test: .venv/stamp  ## set up, then run the whole suite; one part of it: make test ARGS=tests/unit
 	$(BIN)/python -m pytest $(ARGS)
+
+sweep: .venv/stamp  ## SIGKILL at every named failpoint, all ZeRO stages; one of them: make sweep ARGS="--stages 2"
+	PYTHONPATH=. $(BIN)/python benchmarks/crash_sweep.py $(ARGS)
 
 check: .venv/stamp
 	$(BIN)/ruff check

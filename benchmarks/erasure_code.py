@@ -25,7 +25,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import zfec
-from record import spread, table, write_record
+from record import ratios, spread, table, write_record
 
 from holdfast.fault_tolerance.erasure import CHUNK_BYTES, parity_of_blocks
 
@@ -88,16 +88,12 @@ def measure(members: int, m: int, data_bytes: int, rounds: int, pool: ThreadPool
     columns = ["way", "GB/s: median (quartiles)", "seconds / floor", f"seconds / {ZFEC}"]
     rows = [
         [name, spread([data.nbytes / 1e9 / s for s in values])]
-        + [spread(_ratios(values, found[other_way])) for other_way in (FLOOR, ZFEC)]
+        + [spread(ratios(values, found[other_way])) for other_way in (FLOOR, ZFEC)]
         for name, values in found.items()
     ]
     code = "XOR" if m == 1 else f"Reed–Solomon, m = {m}"
     title = f"## {members} members, {code}: {k} blocks of {size / 1e6:.1f} MB, {rounds} rounds"
     return f"{title}\n\n{table(columns, rows)}"
-
-
-def _ratios(values: list[float], others: list[float]) -> list[float]:
-    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def main() -> None:

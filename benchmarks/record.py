@@ -13,7 +13,7 @@ from pathlib import Path
 
 from holdfast.launch.identity import git_commit
 
-__all__ = ["quartiles", "spread", "table", "write_record"]
+__all__ = ["quartiles", "ratios", "spread", "table", "write_record"]
 
 _PACKAGES = ("holdfast", "torch", "deepspeed", "ray", "numpy", "pyarrow", "xxhash")
 _LOAD_BEFORE = os.getloadavg()[0]
@@ -26,6 +26,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return (values[0],) * 3
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -49,6 +49,12 @@ class Samples:
         return self.parts.get(TOTAL, [])
 
 
+def main_job(kind: str, stage: int, more: Sequence[str] = ()) -> list[str]:
+    """Options of the main job without what takes time besides its steps; ``kind`` is ``process`` or ``local``."""
+    job = ["experiment=main_job", f"launch={kind}", f"parallel=zero{stage}"]
+    return [*job, "snapshot.persist_every_steps=0", "trainer.eval_windows=24", "trainer.generate_bytes=1", *more]
+
+
 def fault(number: int, every: int) -> str:
     """The kill of this number, from 0; each rank has its turn."""
     return f"sigkill rank={number % 3} step={every * (number + 1)} at=step.after_backward"
@@ -151,9 +157,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for number in range(options.rounds):
             for kind in options.kinds:
-                job = ["experiment=main_job", f"launch={kind.lower()}", f"parallel=zero{options.stage}"]
-                job += ["snapshot.persist_every_steps=0", "trainer.eval_windows=24", "trainer.generate_bytes=1"]
-                job += options.overrides
+                job = main_job(kind.lower(), options.stage, options.overrides)
                 for way in (*OURS, RESTART) if number % 2 == 0 else (RESTART, *reversed(OURS)):
                     run_id = f"{kind}-{way.split()[0]}-{number}"
                     print(f"round {number + 1} of {options.rounds}: {kind}, {way}", flush=True)

@@ -8,7 +8,8 @@ the state's bytes; the ratios are of the same round.
 - The floor is one np.copyto of as many bytes between two flat arrays that are warm already, into shared memory.
 - "copy_ per tensor" and "copy_ and digest per tensor" (xxh3-128 of what arrived) do what a snapshot cannot do without.
 - Holdfast is ArenaSnapshotter.offer, fence and commit into an arena, whose memory a keeper owns: copy, a digest per
-  tensor and the manifest.
+  tensor and the manifest. "at once" waits for the copy right away; "beside a step" computes for so long between offer
+  and fence (matrix products in one thread) that the copy fits in, and counts only what offer, fence and commit block.
 - torch.save and torch.distributed.checkpoint (one process, no_dist) write files, with a CRC-32. Of async_save only
   the time until it returns counts: a copy without any digest. "reused" keeps its staging memory, shared too, from one
   save to the next: the best that it can do on a CPU.
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import quartiles, spread, table, write_record
+from record import quartiles, ratios, spread, table, write_record
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 
@@ -43,15 +44,17 @@ from holdfast.optim import AdamW8bit, describe_state
 from holdfast.parallel.slices import Flat, Piece, state_slices
 from holdfast.types import RankState
 
-FLOOR, OURS = "**floor: one flat np.copyto**", "**Holdfast**"
+FLOOR, OURS, AT_ONCE = "**floor: one flat np.copyto**", "**Holdfast, beside a step**", "Holdfast, at once"
+WINDOW = 4.0
+"""Length of the step beside which is copied, in times of the copy."""
 BUFFERS, BLOCK = 3, 256
 MATRICES = [1.0] * 2 + [1.0, 0.5, 0.5, 1.0, 2.75, 2.75, 2.75] * 4
 """Embedding, head, and wq, wk, wv, wo, w_gate, w_up, w_down of four layers, relative to each other."""
 OTHER_BYTES = 128 << 20
 """Touched before each measurement, several times what the last-level cache holds."""
 
-Way = Callable[[], Callable[[], object] | None]
-"""What is timed. It may return what has to be done afterwards, off the clock."""
+Way = Callable[[], Callable[[], object] | float | None]
+"""What is timed. It may return what has to be done afterwards, off the clock, or the seconds that count."""
 
 
 def zero_state(parameters: int) -> RankState:
@@ -97,20 +100,34 @@ def copies(state: RankState) -> dict[str, Way]:
     }
 
 
-def holdfast(state: RankState, keeper: Arena) -> Way:
+def holdfast(state: RankState, keeper: Arena) -> dict[str, Way]:
     """Through a mapping of its own of the keeper's memory, as a worker has it."""
     keeper.reserve(required_bytes(state))
     snapshots = ArenaSnapshotter(Arena.attach(keeper.ref), rank=0, world=1, epoch=1)
-    versions = itertools.count(1)
+    versions, matrix = itertools.count(1), torch.randn(256, 256)
+    copies_s = [0.0]
 
-    def snapshot() -> None:
-        version = next(versions)
+    def compute() -> None:
+        end = time.perf_counter() + WINDOW * copies_s[0]
+        while time.perf_counter() < end:
+            torch.mm(matrix, matrix)
+
+    def snapshot(is_beside: bool) -> float:
+        version, started = next(versions), time.perf_counter()
         if not snapshots.offer(state, version):
             raise RuntimeError(f"version {version} was skipped")
-        snapshots.fence()
+        offered = time.perf_counter()
+        if is_beside:
+            compute()
+        computed = time.perf_counter()
+        report = snapshots.fence()
+        if not report.is_complete:
+            raise RuntimeError(f"version {version} is not complete: {report.why_not}")
         snapshots.commit(version)
+        copies_s[0] = max(copies_s[0], report.copy_s)
+        return time.perf_counter() - computed + offered - started
 
-    return snapshot
+    return {OURS: partial(snapshot, True), AT_ONCE: partial(snapshot, False)}
 
 
 def files(state: RankState, folder: Path) -> dict[str, Way]:
@@ -153,7 +170,7 @@ def measure(parameters: int, rounds: int) -> str:
     size, other = sum(s.tensor.nbytes for s in state.slices), np.zeros(OTHER_BYTES, dtype=np.uint8)
     keeper = Arena.create(0, "benchmark", 1 << 36, BUFFERS)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        ways = {**copies(state), OURS: holdfast(state, keeper), **files(state, Path(folder))}
+        ways = {**copies(state), **holdfast(state, keeper), **files(state, Path(folder))}
         found: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(-BUFFERS, rounds):  # the first rounds touch every buffer once
             for name in random.Random(number).sample(list(ways), len(ways)):
@@ -162,7 +179,9 @@ def measure(parameters: int, rounds: int) -> str:
                 started = time.perf_counter()
                 afterwards = ways[name]()
                 seconds = time.perf_counter() - started
-                if afterwards is not None:
+                if isinstance(afterwards, float):
+                    seconds = afterwards
+                elif afterwards is not None:
                     afterwards()
                 if number >= 0:
                     found[name].append(seconds)
@@ -170,15 +189,11 @@ def measure(parameters: int, rounds: int) -> str:
     columns = ["way", "ms: median (quartiles)", "GB/s", "seconds / floor", "seconds / Holdfast"]
     rows = [
         [name, spread([1000 * s for s in values]), f"{size / 1e9 / quartiles(values)[1]:.2f}"]
-        + [spread(_ratios(values, found[other_way])) for other_way in (FLOOR, OURS)]
+        + [spread(ratios(values, found[other_way])) for other_way in (FLOOR, OURS)]
         for name, values in found.items()
     ]
     title = f"## {parameters / 1e6:g} M parameters: {size / 1e6:.1f} MB in {len(state.slices)} tensors, {rounds} rounds"
     return f"{title}\n\n{table(columns, rows)}"
-
-
-def _ratios(values: list[float], others: list[float]) -> list[float]:
-    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def main() -> None:

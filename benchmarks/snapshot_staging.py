@@ -22,11 +22,11 @@ import mmap
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from record import quartiles, spread, table
+from record import quartiles, ratios, spread, table
 
 from holdfast.fault_tolerance import staging
 from holdfast.fault_tolerance.buffer import Bytes
@@ -91,8 +91,8 @@ def measure(megabytes: int, rounds: int) -> str:
             name,
             spread([1000 * s for s in values]),
             f"{rows.total_bytes / 1e9 / quartiles(values)[1]:.2f}",
-            spread(_ratios(values, found[FLOOR])),
-            spread(_ratios(found["NumPy and xxhash"], values)),
+            spread(ratios(values, found[FLOOR])),
+            spread(ratios(found["NumPy and xxhash"], values)),
         ]
         for name, values in found.items()
     ]
@@ -136,15 +136,11 @@ def measure_neighbour(megabytes: int, rounds: int) -> str:
         for name in random.Random(number).sample(list(ways), len(ways)):
             found[name].append(neighbour.rate_during(ways[name], 0.3))
     lines = [
-        [name, f"{quartiles(values)[1] / 1e9:.2f}", spread(_ratios(values, found["alone"]))]
+        [name, f"{quartiles(values)[1] / 1e9:.2f}", spread(ratios(values, found["alone"]))]
         for name, values in found.items()
     ]
     title = f"## A neighbour during copies of {megabytes} MB, {rounds} rounds"
     return f"{title}\n\n{table(['way', 'neighbour GB/s', 'relative to alone'], lines)}"
-
-
-def _ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def main() -> None:

@@ -19,12 +19,17 @@ __all__ = [
     "Generated",
     "MemoryEvents",
     "Protection",
+    "ProtectionFailed",
     "RecoveryDone",
     "RecoveryPlanned",
     "RunEnded",
     "RunStarted",
+    "SnapshotCost",
+    "SnapshotFailed",
+    "StepLeftOut",
     "StopRequested",
     "Waiting",
+    "WorldChanged",
     "kind_of",
     "to_record",
 ]
@@ -57,6 +62,17 @@ class EpochStarted(Event):
     world: int
     version: int
     """Snapshot version all ranks start from; -1 means a fresh model."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorldChanged(Event):
+    """The run goes on with fewer nodes, or with more again."""
+
+    epoch: int
+    """The first one of the new world."""
+    world_before: int
+    world: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,7 @@ class FaultInjected(Event):
 @dataclass(frozen=True, slots=True)
 class RecoveryPlanned(Event):
     number: int
+    """Of the fault; 0 for a resume, -1 when the world changes without one."""
     source: str
     """Where the state comes from: keeper memory, disk, fresh."""
     version: int
@@ -143,6 +160,49 @@ class Evaluated(Event):
     step: int
     bits_per_byte: float
     windows: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepLeftOut(Event):
+    """A step whose loss or gradient norm was not finite: its update never happens."""
+
+    step: int
+    """Steps finished before it."""
+    reason: str
+    version: int
+    """The state that all ranks went back to."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFailed(Event):
+    """A version was begun and did not become complete at a rank. Training goes on."""
+
+    rank: int
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectionFailed(Event):
+    """The keepers could not commit one version after the other. Training goes on; the version before stays."""
+
+    node: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotCost(Event):
+    """What snapshots have cost at rank 0: medians over steps beside which a version was copied."""
+
+    steps: int
+    stall_s: float
+    """The step waited for the snapshotter."""
+    stall_share: float
+    """Of the step."""
+    copy_s: float
+    """From the first byte to the last, beside the step."""
+    slowdown: float | None
+    """Steps with a copy beside them against steps without, 0.02 is 2 %; None when there were too few of either."""
 
 
 @dataclass(frozen=True, slots=True)

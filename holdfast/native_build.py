@@ -101,6 +101,13 @@ class NativeLibrary:
         except OSError as error:
             return f"{self.path} cannot be loaded ({error})"
 
+    def usable(self, loaded: ctypes.CDLL | str) -> list[str]:
+        """Instruction sets that both what :meth:`load` gave and this processor have, from slow to fast; none without
+        the library, which numbers them in the same order."""
+        if isinstance(loaded, str):
+            return []
+        return [name for number, name in enumerate(self.isas) if loaded.holdfast_is_supported(number)]
+
     def build(self, target: Path, environment: Mapping[str, str], isas: Sequence[str] = ()) -> list[str]:
         """Compile and put the library at ``target`` in one move: whoever reads or builds it too sees an old or a new
         one. With ``isas``, for no others of the library's instruction sets; ``portable`` is always there.

@@ -123,6 +123,8 @@ class CopyReport:
     """Seconds the training thread waited for it."""
     copy_s: float = 0.0
     """Seconds from the first byte to the last; most of them while the next step was computed."""
+    why_not: str = ""
+    """Why it is not complete."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.lanes import parity_buffers
 from holdfast.fault_tolerance.placement import Grouping, make_groups
 
-__all__ = ["parity_ratio", "protection_groups", "protection_problems", "zones_of"]
+__all__ = ["fewer_nodes", "parity_ratio", "protection_groups", "protection_problems", "zones_of"]
 
 
 def zones_of(config: RunConfig) -> list[str]:
@@ -23,8 +23,23 @@ def protection_groups(config: RunConfig, zones: Sequence[str]) -> Grouping:
 
 
 def parity_ratio(config: RunConfig) -> float:
-    """Memory for parity of each rank, in buffers of a rank; the most that any protection group needs."""
-    grouping = protection_groups(config, zones_of(config))
+    """Memory for parity of each rank, in buffers of a rank; the most that any protection group needs, with as many
+    nodes as there may be."""
+    return max(_ratio_of(config, nodes) for nodes in (config.launch.nodes, *fewer_nodes(config)))
+
+
+def fewer_nodes(config: RunConfig) -> list[int]:
+    """With how many nodes less than all the run may go on, the most first."""
+    recovery, trainer, launch = config.recovery, config.trainer, config.launch
+    if not recovery.shrink_after_s or trainer.micro_batch < 1:
+        return []
+    shares = trainer.global_batch // trainer.micro_batch
+    counts = range(launch.nodes - 1, max(recovery.min_nodes, 1) - 1, -1)
+    return [nodes for nodes in counts if shares % (nodes * launch.workers_per_node) == 0]
+
+
+def _ratio_of(config: RunConfig, nodes: int) -> float:
+    grouping = protection_groups(config, zones_of(config)[:nodes])
     return max(parity_buffers(len(group), min(grouping.parity, len(group) - 1)) for group in grouping.groups)
 
 

@@ -17,11 +17,11 @@ import psutil
 from holdfast import knobs
 from holdfast.configs.options import enum_of, kinds
 from holdfast.configs.plain import from_plain, to_plain
-from holdfast.configs.protection import parity_ratio, protection_problems
+from holdfast.configs.protection import fewer_nodes, parity_ratio, protection_problems
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError, SnapshotError
 from holdfast.fault_tolerance.board import MAX_BUFFERS
-from holdfast.fault_tolerance.chaos import ChaosFault, Target, parse, parse_all
+from holdfast.fault_tolerance.chaos import ChaosFault, parse, parse_all
 from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
@@ -30,7 +30,7 @@ from holdfast.trainer.config import DataSource
 from holdfast.trainer.sizing import check as check_model
 from holdfast.trainer.sizing import parameter_count
 
-__all__ = ["Host", "check", "keeper_limit_bytes", "refuse_bad", "state_bytes", "this_host"]
+__all__ = ["Host", "check", "keeper_limit_bytes", "never_happens", "refuse_bad", "state_bytes", "this_host"]
 
 _GB = 10**9
 
@@ -150,6 +150,8 @@ _RULES: Mapping[str, _Rule] = {
             "not yet known to be complete everywhere, one is being filled"
         ),
     ),
+    "snapshot.max_age_steps": (partial(_is_at_least, 0), "at least 0, where 0 never ends the run"),
+    "trainer.max_nonfinite": (partial(_is_at_least, 0), "at least 0"),
     "snapshot.copy_mb_per_s": (lambda v: 0 <= v < math.inf, "at least 0, where 0 is no bound"),
     "snapshot.fence_timeout_s": (lambda v: 0 < v < math.inf, "more than 0"),
     "snapshot.memory_limit_gb": (lambda v: 0 <= v < math.inf, "at least 0, where 0 means half of what is free"),
@@ -165,6 +167,9 @@ _RULES: Mapping[str, _Rule] = {
     "recovery.max_failures": _COUNT,
     "recovery.max_no_progress": _POSITIVE_COUNT,
     "recovery.stop_grace_s": _SECONDS,
+    "recovery.shrink_after_s": (lambda v: 0 <= v < math.inf, "at least 0, where 0 never goes on with fewer nodes"),
+    "recovery.min_nodes": _POSITIVE_COUNT,
+    "recovery.retry_node_s": _SECONDS,
     "recovery.lease_s": _SECONDS,
     "launch.nodes": _POSITIVE_COUNT,
     "launch.workers_per_node": _POSITIVE_COUNT,
@@ -313,6 +318,11 @@ def _launch(config: RunConfig) -> Iterator[str]:
                 yield f"launch.{key}={value!r} is for Ray, and launch=process runs without it; use launch=local"
     if config.run_id and config.resume not in ("auto", "must", "never", config.run_id):
         yield f"run_id={config.run_id!r} and resume={config.resume!r} name two runs; leave run_id empty"
+    if config.recovery.min_nodes > launch.nodes >= 1:
+        yield (
+            f"recovery.min_nodes={config.recovery.min_nodes} must not exceed launch.nodes={launch.nodes}; "
+            "the run starts with that many"
+        )
 
 
 def _chaos(config: RunConfig) -> Iterator[str]:
@@ -322,22 +332,27 @@ def _chaos(config: RunConfig) -> Iterator[str]:
         yield from error.problems
     for entry in config.chaos.faults:
         with contextlib.suppress(ConfigurationError):  # its problems are among those above
-            yield from _never_happens(parse(entry), config)
+            yield from never_happens(parse(entry), config)
 
 
-def _never_happens(fault: ChaosFault, config: RunConfig) -> Iterator[str]:
-    is_keeper = fault.target is Target.KEEPER
-    word, bound = ("node", config.launch.nodes) if is_keeper else ("rank", _world(config))
-    if fault.number >= bound:
-        yield f"chaos fault '{fault}': {word}={fault.number} does not exist; {word}s are 0 to {bound - 1}"
-    is_inside_a_step = not is_keeper and fault.at.startswith("step.")
+def never_happens(fault: ChaosFault, config: RunConfig) -> Iterator[str]:
+    """Why an entry that can be read would not strike in a run of this configuration."""
+    word = fault.kind.number_key
+    bound = {"rank": _world(config), "node": config.launch.nodes, "": 1}[word]
+    _, highest = (fault.rate.numbers or (0, 0)) if fault.rate else (0, fault.number)
+    if highest >= bound:
+        yield f"chaos fault '{fault}': {word}={highest} does not exist; {word}s are 0 to {bound - 1}"
+    is_inside_a_step = fault.at.startswith("step.")
     last = config.trainer.max_steps - is_inside_a_step  # no step begins when all are finished
-    if fault.step > last:
+    key, step = ("from", fault.rate.first) if fault.rate else ("step", fault.step)
+    if step > last:
         yield (
-            f"chaos fault '{fault}': step={fault.step} is never reached; "
+            f"chaos fault '{fault}': {key}={step} is never reached; "
             f"the last one is {last} with trainer.max_steps={config.trainer.max_steps}; "
             "raise that, or inject nothing with 'chaos.faults=[]'"
         )
+    if fault.what == "parity" and not config.snapshot.parity:
+        yield f"chaos fault '{fault}': there is no parity with snapshot.parity=0"
 
 
 _PARTS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
@@ -385,8 +400,7 @@ def _memory_problems(config: RunConfig, host: Host) -> list[str]:
     """Refused here, snapshots cannot end a run hours later. On a cluster only the user's own limit is known."""
     if check_model(config.model) or check_optim(config.optim) or _world(config) < 1 or any(protection_problems(config)):
         return []  # reported already
-    buffers = config.snapshot.buffers + parity_ratio(config)
-    per_node = math.ceil(state_bytes(config) * buffers) * config.launch.workers_per_node
+    per_node = math.ceil(state_bytes(config) * _buffers(config)) * config.launch.workers_per_node
     limit_gb, is_one_host = config.snapshot.memory_limit_gb, _is_one_host(config, host)
     problems = []
     if limit_gb > 0 and per_node > keeper_limit_bytes(config, host):
@@ -418,11 +432,24 @@ def _bandwidth_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _buffers(config: RunConfig) -> float:
+    """Memory for each rank, in buffers. Where the run may go on with fewer nodes there has to be room for the ranks of
+    the next smaller world beside those before, what a lost node held included."""
+    own, nodes = config.snapshot.buffers + parity_ratio(config), config.launch.nodes
+    fewer = next(iter(fewer_nodes(config)), 0)
+    if not fewer:
+        return own
+    growth = nodes / fewer if config.parallel.zero_stage >= 1 else 1.0
+    return own * (1 + growth) + (nodes - fewer) / fewer
+
+
 def _need(config: RunConfig) -> str:
+    fewer = next(iter(fewer_nodes(config)), 0)
+    twice = f"; and room to go on with {fewer} nodes (recovery.shrink_after_s)" if fewer else ""
     return (
         f"snapshot.buffers={config.snapshot.buffers} of {state_bytes(config):,} bytes, and {parity_ratio(config):.3g} "
         f"more for parity={config.snapshot.parity}, for each of launch.workers_per_node="
-        f"{config.launch.workers_per_node} ranks"
+        f"{config.launch.workers_per_node} ranks{twice}"
     )
 
 

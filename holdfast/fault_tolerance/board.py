@@ -4,14 +4,13 @@ Layout (native byte order, 64-bit words; ``LAYOUT`` changes with it)::
 
     0       magic, layout, rank, buffers, capacity, limit, fence epoch, beats written, reports written, protected
     128     run tag, 64 bytes, padded with zeros
-    256     injected faults that have fired, one byte each
     512     buffer descriptors, 128 bytes each, at most 16
     4096    ring of heartbeats
     8192    ring of step reports
 
 Words are written with one aligned 8-byte store each and have one writer: the keeper writes limit, fence, protected; the
-worker writes the rings, the fired faults and, while its epoch runs, the descriptors, except their pins and, where
-keepers protect versions together, that one is COMMITTED and kept.
+worker writes the rings and, while its epoch runs, the descriptors, except their pins and, where keepers protect
+versions together, that one is COMMITTED and kept.
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ from holdfast.errors import InvariantViolation, SnapshotError
 from holdfast.fault_tolerance.ring import Ring
 from holdfast.types import Phase, StepReport
 
-__all__ = ["HEADER_BYTES", "MAX_BUFFERS", "MAX_FAULTS", "REPORT_SLOTS", "Beat", "Board"]
+__all__ = ["HEADER_BYTES", "MAX_BUFFERS", "REPORT_SLOTS", "Beat", "Board"]
 
-MAX_BUFFERS, MAX_FAULTS, REPORT_SLOTS = 16, 256, 4096
+MAX_BUFFERS, REPORT_SLOTS = 16, 4096
 
 _MAGIC, _LAYOUT = int.from_bytes(b"HOLDFAST", "little"), 2
 _TAG_AT, _TAG_BYTES = 128, 64
-_FIRED_AT = 256
 _SLOTS_AT, _SLOT_BYTES = 512, 128
 _BEATS_AT, _BEAT_SLOTS = 4096, 16
 _REPORTS_AT = 8192
@@ -155,7 +153,7 @@ class Board:
         at = _SLOTS_AT + index * _SLOT_BYTES
         return self._view[at : at + _SLOT_BYTES]
 
-    # -- fence and faults -----------------------------------------------------------------------------------------
+    # -- fence ----------------------------------------------------------------------------------------------------
 
     @property
     def fence_epoch(self) -> int:
@@ -179,13 +177,6 @@ class Board:
     @is_protected.setter
     def is_protected(self, value: bool) -> None:
         self._words[_Word.PROTECTED] = int(value)
-
-    def mark_fired(self, fault: int) -> None:
-        """Remember, beyond this process, that an injected fault has happened."""
-        self._view[_FIRED_AT + _fault_index(fault)] = 1
-
-    def has_fired(self, fault: int) -> bool:
-        return self._view[_FIRED_AT + _fault_index(fault)] == 1
 
     # -- signs of life --------------------------------------------------------------------------------------------
 
@@ -233,21 +224,17 @@ class Board:
         return [StepReport(*record) for record in records], next_seq
 
     def carry_over(self, old: Board) -> None:
-        """Worker. Continue ``old`` here: its last sign of life, its fired faults and, unless there are reports
-        already, its reports under their old numbers."""
-        for fault in range(MAX_FAULTS):
-            if old.has_fired(fault):
-                self.mark_fired(fault)
+        """Worker. Continue ``old`` here: its last sign of life and, unless there are reports already, its reports under
+        their old numbers."""
+        self.carry_reports(old)
+        with self._lock:
+            self._write(replace(old.read(), beat_s=max(old.read().beat_s, self.read().beat_s)))
+
+    def carry_reports(self, old: Board) -> None:
+        """Before anybody reports here: those of ``old`` under their old numbers, unless there are some already."""
         with self._lock:
             if self._reports.count == 0:
                 self._reports.copy_from(old._reports)
-            self._write(replace(old.read(), beat_s=max(old.read().beat_s, self.read().beat_s)))
 
     def _write(self, beat: Beat) -> None:
         self._beats.append(*_beat_values(beat))
-
-
-def _fault_index(fault: int) -> int:
-    if not 0 <= fault < MAX_FAULTS:
-        raise InvariantViolation(f"fault number {fault} must be 0 to {MAX_FAULTS - 1}")
-    return fault

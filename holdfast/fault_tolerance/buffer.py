@@ -24,7 +24,7 @@ class BufferState(IntEnum):
     FILLED = 2
     """Complete on this rank."""
     ENCODED = 3
-    """Complete, and protected by parity."""
+    """Complete, and this node's parity of the version is, too."""
     COMMITTED = 4
     """Complete on all ranks."""
 
@@ -120,6 +120,13 @@ class Buffer:
         words[_Word.DATA_BYTES], words[_Word.MANIFEST_AT], words[_Word.MANIFEST_BYTES] = data_bytes, at, len(manifest)
         self._descriptor[_DIGEST_AT : _DIGEST_AT + _DIGEST_BYTES] = bytes.fromhex(digest)
         words[_Word.STATE] = state
+
+    def encode(self, is_encoded: bool = True) -> None:
+        """Keeper. This node's part of the version's parity is complete, or void again; nothing else changes."""
+        before, after = BufferState.FILLED, BufferState.ENCODED
+        before, after = (before, after) if is_encoded else (after, before)
+        if self._words[_Word.STATE] == before:
+            self._words[_Word.STATE] = after
 
     def stamp(self, epoch: int) -> None:
         """Who wrote it is known only now."""

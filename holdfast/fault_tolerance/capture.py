@@ -12,7 +12,7 @@ from holdfast import failpoints
 from holdfast.errors import InvariantViolation
 from holdfast.fault_tolerance.buffer import Bytes
 from holdfast.fault_tolerance.device_staging import DeviceRows, stage_device
-from holdfast.fault_tolerance.manifest import ManifestWriter, lay_out
+from holdfast.fault_tolerance.manifest import ManifestWriter, gaps, lay_out
 from holdfast.fault_tolerance.staging import Control, Fence, StagingTable, stage
 from holdfast.types import RankState, StateSlice
 
@@ -53,7 +53,9 @@ class Plan:
         offsets, self.data_bytes = lay_out(lengths)
         names = [s.spec.name for s in slices]
         _refuse_duplicates(names)
-        self.manifests = ManifestWriter([s.spec for s in slices], list(zip(offsets, lengths, strict=True)))
+        places = list(zip(offsets, lengths, strict=True))
+        self.manifests = ManifestWriter([s.spec for s in slices], places)
+        self._gaps = gaps(places, self.data_bytes)
         half = len(slices) // 2
         self._halves = [_Rows.of(range(half), self._sources, offsets)]
         self._halves.append(_Rows.of(range(half, len(slices)), self._sources, offsets))
@@ -73,6 +75,7 @@ class Plan:
         is waited for. Blocks this thread only, so it can be called beside the next step.
         """
         found: dict[int, bytes] = {}
+        data[self._gaps] = 0
         for number, rows in enumerate(self._halves):
             if number:
                 failpoints.hit("snapshot.mid_capture", version)

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from holdfast import failpoints
 from holdfast.errors import ConfigurationError
@@ -110,9 +111,19 @@ class Kind:
     @property
     def keys(self) -> tuple[str, ...]:
         """All that an entry may have."""
-        single = tuple(key for key in (self.number_key, "step") if key)
-        several = tuple(key for key in (self.number_key and f"{self.number_key}s",) if key)
-        return (*single, *self.takes, "rate", "seed", *several, "from", "to")
+        several = (f"{self.number_key}s",) if self.number_key else ()
+        return tuple(dict.fromkeys((*self.single_keys, *self.takes, "rate", "seed", *several, "from", "to")))
+
+    @property
+    def single_keys(self) -> tuple[str, ...]:
+        """Where and when an entry without a rate strikes."""
+        return (self.number_key, "step") if self.number_key else ("step",)
+
+    @property
+    def optional_keys(self) -> frozenset[str]:
+        """Those of an entry without a rate that can be left out."""
+        number = {self.number_key} if self.target in _DEFAULT_NUMBERS else set[str]()
+        return frozenset((*number, *self.takes)) - frozenset(self.needs)
 
 
 _NUMBER_KEYS: Mapping[Target, str] = {
@@ -268,10 +279,11 @@ def _shown(fault: ChaosFault) -> Iterable[tuple[str, object]]:
             yield kind.number_key, fault.number
         if fault.step != NEXT:
             yield "step", fault.step
-    values = {"at": fault.at, "what": fault.what, "bit": fault.bit}
+    values: dict[str, object] = {"at": fault.at, "what": fault.what, "bit": fault.bit}
     values |= {"by": fault.by_s, "for": fault.for_s, "mb_per_s": fault.mb_per_s}
     defaults = {"at": "", "what": next(iter(kind.what), ""), "bit": None, "by": 0.0, "for": 0.0, "mb_per_s": 0.0}
-    yield from ((key, values[key]) for key in kind.takes if key != "seed" and values[key] != defaults[key])
+    own = [key for key in kind.takes if key in kind.needs or (key != "seed" and values[key] != defaults[key])]
+    yield from ((key, values[key]) for key in own)
     if rate is not None:
         yield "rate", rate.share
     seed = fault.seed if rate is None else rate.seed
@@ -307,6 +319,8 @@ def parse(entry: str, *, source: str = "", any_step: bool = False) -> ChaosFault
     problems += _missing(given, kind, any_step) + _wrong_failpoint(given.get("at"), kind)
     if "what" in given and given["what"] not in kind.what:
         problems.append(f"what={given['what']} is unknown; {_hint(given['what'], kind.what)}")
+    if given.get("what") == "parity" and "at" in given:
+        problems.append("at= does not go with what=parity, which lies in the keeper; leave it out")
     if problems:
         raise ConfigurationError([f"chaos fault {entry!r}: {problem}" for problem in problems])
     return _built(_action(word), kind, values, source)
@@ -333,19 +347,21 @@ def _built(action: Action, kind: Kind, values: Mapping[str, object], source: str
     found: dict[str, object] = {
         "what": values.get("what", next(iter(kind.what), "")),
         "at": values.get("at", kind.at),
-        **{name: values[key] for key, name in _FIELDS.items() if key in values},
+        **{name: values[key] for key, name in _FIELDS.items() if key in values and key in kind.takes},
     }
     if found["what"] == "parity":  # a worker cannot reach it
         found["at"] = ""
     if "rate" in values:
-        bounds = values.get(f"{kind.number_key}s")
-        found["rate"] = Rate(
-            values["rate"], values.get("seed", 0), bounds, values.get("from", 0), values.get("to")  # type: ignore[arg-type]
-        )
+        found["rate"] = _rate(kind, values)
     else:
         found |= {"number": values.get(kind.number_key, _DEFAULT_NUMBERS.get(kind.target, ALL))}
         found |= {"step": values.get("step", NEXT)}
     return ChaosFault(action, source=source, **found)  # type: ignore[arg-type]  # as the readers made them
+
+
+def _rate(kind: Kind, values: Mapping[str, Any]) -> Rate:
+    bounds = values.get(f"{kind.number_key}s")
+    return Rate(values["rate"], values.get("seed", 0), bounds, values.get("from", 0), values.get("to"))
 
 
 _FIELDS: Mapping[str, str] = {"bit": "bit", "seed": "seed", "by": "by_s", "for": "for_s", "mb_per_s": "mb_per_s"}
@@ -373,17 +389,15 @@ def _unknown_keys(pairs: Iterable[str], allowed: Sequence[str]) -> list[str]:
 def _missing(given: Mapping[str, str], kind: Kind, any_step: bool) -> list[str]:
     """Also what does not go together."""
     problems = [f"{key}= is missing" for key in kind.needs if key not in given]
-    single = [key for key in (kind.number_key, "step") if key]
     several = [key for key in ("ranks", "nodes", "from", "to") if key in given]
     if "rate" in given:
-        wrong = [key for key in single if key in given]
+        wrong = [key for key in kind.single_keys if key in given]
         return problems + [f"{key}= does not go with rate=, which has {key}s=, from= and to=" for key in wrong]
     problems += [f"{key}= goes with rate= only" for key in several]
     if "seed" in given and "seed" not in kind.takes:
         problems.append("seed= goes with rate= only")
-    optional = {kind.number_key} if kind.target in _DEFAULT_NUMBERS else set()
-    optional |= {"step"} if any_step else set()
-    return [f"{key}= is missing" for key in single if key not in given and key not in optional] + problems
+    needed = {*kind.single_keys} - kind.optional_keys - ({"step"} if any_step else set())
+    return [f"{key}= is missing" for key in kind.single_keys if key in needed and key not in given] + problems
 
 
 def _wrong_failpoint(name: str | None, kind: Kind) -> list[str]:

@@ -22,6 +22,9 @@ class SnapshotConfig:
     """Nodes in a protection group, about; 0 chooses: all of them, up to 8."""
     copy_mb_per_s: float = 0.0
     """Bound on each rank's copying beside the step, 10^6 bytes per second; 0 copies as fast as it goes."""
+    max_age_steps: int = 0
+    """A rank fails once the newest version that counts is this many steps old; 0 never: a run that cannot take
+    snapshots goes on without."""
     fence_timeout_s: float = 60.0
     """An update waits this long for the copy of the state before; then that version is given up."""
     memory_limit_gb: float = 0.0
@@ -46,7 +49,8 @@ class RecoveryConfig:
     heartbeat_s: float = 0.2
     """Seconds between a rank's heartbeats."""
     suspect_after_s: float = 10.0
-    """A rank without a heartbeat for this long is declared frozen and killed."""
+    """A rank without a heartbeat for this long is declared frozen and killed. On Ray, a node that has been silent for
+    half of it is lost with everything on it, if its raylet does not answer either."""
     abort_after_s: float = 15.0
     """A survivor that has not left its epoch after this long is replaced."""
     start_timeout_s: float = 180.0
@@ -59,13 +63,22 @@ class RecoveryConfig:
     """Recoveries in a row without a new step before the run gives up with exit code 93."""
     stop_grace_s: float = 60.0
     """Seconds a graceful stop may take before workers are killed."""
+    shrink_after_s: float = 0.0
+    """A node that has not been ready for this long after its loss is done without: the run goes on with the others from
+    the same version; 0 waits for it until the failures are used up."""
+    min_nodes: int = 1
+    """The run never goes on with fewer nodes."""
+    retry_node_s: float = 60.0
+    """Seconds between attempts to start the processes of a node that the run goes on without."""
     lease_s: float = 60.0
     """A keeper that has not heard from a driver for this long ends and frees its memory."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ChaosConfig:
-    """Faults to inject on purpose; each one happens once."""
+    """Faults to inject on purpose; each one happens once per run."""
 
     faults: list[str] = field(default_factory=list)
-    """Entries ``ACTION rank=R step=S [at=FAILPOINT]``, for example ``sigkill rank=1 step=150``."""
+    """Entries ``ACTION KEY=VALUE ...``, for example ``sigkill rank=1 step=150``; ``holdfast inject --list`` has all."""
+    allow_inject: bool = True
+    """Whether ``holdfast inject`` may add more while the run goes on."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.events import Waiting
+from holdfast.fault_tolerance import elastic
 from holdfast.fault_tolerance import messages as m
-from holdfast.fault_tolerance.faults import discard, fault, lose_keeper, loss_of, mourn
+from holdfast.fault_tolerance.faults import discard, fault, gather, lose_keeper, loss_of, mourn
 from holdfast.fault_tolerance.incidents import Loss
 from holdfast.fault_tolerance.membership import Worker, WorkerState
 from holdfast.fault_tolerance.policy import name_ranks
@@ -14,7 +15,7 @@ from holdfast.fault_tolerance.protection import missing_pieces
 from holdfast.fault_tolerance.regroup import refuse_checkpoint
 from holdfast.fault_tolerance.situation import Situation, Stage
 
-__all__ = ["tick"]
+__all__ = ["grow", "tick"]
 
 _WAITING_S = 10.0
 """Seconds between words about what a start or a recovery waits for."""
@@ -27,9 +28,17 @@ def tick(run: Situation, message: m.Tick, now: float) -> None:
         fault(run, losses, now)
     elif now >= run.deadline_s:
         _late_answer(run, now)
-    elif run.stage in (Stage.RUN, Stage.STOP):
+    elif run.stage in (Stage.RUN, Stage.GROW, Stage.STOP):
         _look_for_suspects(run, now)
+    if run.stage is not Stage.OVER:
+        elastic.look(run, now)
     _say_what_is_missing(run, now)
+
+
+def grow(run: Situation, now: float) -> None:
+    """The ranks have left together, or were asked to for long enough: go on in the larger world."""
+    gather(run, now, is_planned=True)
+    elastic.grow(run)
 
 
 def _forgive_own_sleep(run: Situation, now: float) -> None:
@@ -47,9 +56,8 @@ def _late_workers(run: Situation, now: float) -> list[Loss]:
     for worker in run.crew.overdue(now):
         cause = _lateness(worker, now)
         discard(run, worker, cause)
-        if worker.rank is None:
-            run.spares_lost += 1
-        else:
+        run.spares_lost += worker.seat is None
+        if worker.rank is not None:
             losses.append(loss_of(run, worker, cause, worker.since_s))
     return losses
 
@@ -74,6 +82,8 @@ def _late_answer(run: Situation, now: float) -> None:
         _late_inventory(run, now)
     elif run.stage is Stage.LOAD:
         refuse_checkpoint(run, f"not loaded within {run.recovery.step_timeout_s:.1f} s", now)
+    elif run.stage is Stage.GROW:
+        grow(run, now)
     elif run.stage is Stage.STOP:
         late = _names(run.crew.in_state(WorkerState.TRAINING))
         run.stopped(f"{run.stop_reason}; {late} had not stopped after {run.recovery.stop_grace_s:.1f} s", now)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+from holdfast.fault_tolerance import elastic
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.incidents import Loss
 from holdfast.fault_tolerance.membership import Worker, WorkerState
 from holdfast.fault_tolerance.situation import Situation, Stage
 
-__all__ = ["discard", "fault", "keeper_lost", "lose_keeper", "loss_of", "mourn", "worker_lost", "worker_parked"]
+__all__ = [
+    "discard",
+    "fault",
+    "gather",
+    "keeper_lost",
+    "lose_keeper",
+    "loss_of",
+    "mourn",
+    "worker_lost",
+    "worker_parked",
+]
 
 
 def worker_lost(run: Situation, message: m.WorkerLost, now: float) -> None:
@@ -22,9 +34,12 @@ def worker_lost(run: Situation, message: m.WorkerLost, now: float) -> None:
 
 
 def keeper_lost(run: Situation, message: m.KeeperLost, now: float) -> None:
+    was_asked = run.stage is Stage.INVENTORY and run.keepers.has(message.node) and run.keepers.is_ready(message.node)
     losses = lose_keeper(run, message.node, message.cause, now)
     if losses:
         fault(run, losses, now)
+    elif was_asked:  # although the run goes on without its node; the others are asked again, and have no longer for it
+        run.act(m.TakeInventory(run.epoch, run.crew.members(), run.roster))
 
 
 def worker_parked(run: Situation, message: m.WorkerParked, now: float) -> None:
@@ -34,8 +49,8 @@ def worker_parked(run: Situation, message: m.WorkerParked, now: float) -> None:
         return
     was_asked = worker.state is WorkerState.LEAVING
     worker.rest(outcome, now)
-    if outcome is m.Outcome.FINISHED or (outcome is m.Outcome.STOPPED and run.stage is Stage.STOP):
-        _conclude(run, worker.rank)
+    if outcome is m.Outcome.FINISHED or (outcome is m.Outcome.STOPPED and run.stage in (Stage.STOP, Stage.GROW)):
+        _conclude(run, worker)
     elif outcome is m.Outcome.ERROR:
         # An exception in somebody's code may leave anything behind: threads, half-written state, device memory.
         discard(run, worker, "it raised an exception; a fresh process takes its place")
@@ -49,9 +64,9 @@ def worker_parked(run: Situation, message: m.WorkerParked, now: float) -> None:
         fault(run, [loss_of(run, worker, detail, now, is_victim=True)], now)
 
 
-def _conclude(run: Situation, rank: int) -> None:
+def _conclude(run: Situation, worker: Worker) -> None:
     if run.watch is not None:
-        run.watch.conclude(rank)
+        run.watch.conclude(worker.worker)
 
 
 def discard(run: Situation, worker: Worker, reason: str) -> None:
@@ -61,44 +76,49 @@ def discard(run: Situation, worker: Worker, reason: str) -> None:
 
 
 def lose_keeper(run: Situation, node: int, cause: str, now: float) -> list[Loss]:
-    """Forget a keeper; nothing if there was none."""
+    """Forget a keeper; no loss if there was none, or if the run goes on without its node."""
+    was_ready = run.keepers.has(node) and run.keepers.is_ready(node)
     incident = run.keepers.lose(node)
-    return [] if incident is None else [Loss(cause, now, node=node, joined=incident)]
+    if incident is None or node not in run.roster.nodes:
+        return []
+    return [Loss(cause, now, node=node, joined=incident, had_started=was_ready)]
 
 
 def mourn(run: Situation, lost: Sequence[tuple[Worker, str, float]], now: float) -> None:
-    """Workers that exist no more, each with its cause and last sign of life. A lost spare interrupts nothing."""
-    run.spares_lost += sum(worker.rank is None for worker, _, _ in lost)
+    """Workers that exist no more, each with its cause and last sign of life. One without a rank interrupts nothing."""
+    run.spares_lost += sum(worker.seat is None for worker, _, _ in lost)
     losses = [loss_of(run, worker, cause, seen_s) for worker, cause, seen_s in lost if worker.rank is not None]
     if losses:
         fault(run, losses, now)
 
 
 def loss_of(run: Situation, worker: Worker, cause: str, last_seen_s: float, *, is_victim: bool = False) -> Loss:
-    """Bad news about a worker that has, or had, a seat."""
+    """Bad news about a worker that has, or had, a rank."""
     assert worker.rank is not None, "a spare's loss is nobody's fault"
     return Loss(
         cause,
         last_seen_s,
         ranks=(worker.rank,),
-        node=run.layout.node_of(worker.rank),
+        node=run.roster.node_of(worker.rank),
         pid=worker.pid,
-        phase=_phase(run, worker, worker.rank),
+        phase=_phase(run, worker),
         joined=worker.incident,
         is_victim=is_victim,
+        had_started=worker.state is not WorkerState.STARTING,
     )
 
 
-def _phase(run: Situation, worker: Worker, rank: int) -> str:
-    if run.watch is not None and worker.epoch == run.watch.epoch:
-        return run.watch.last(rank).phase.name.lower()
-    return worker.state.value
+def _phase(run: Situation, worker: Worker) -> str:
+    beat = None if run.watch is None else run.watch.last(worker.worker)
+    return worker.state.value if beat is None else beat.phase.name.lower()
 
 
 def fault(run: Situation, losses: Sequence[Loss], now: float) -> None:
     """Gather again, unless the run stops anyway or has had enough."""
     top_step = run.watch.top_step if run.watch is not None else 0
     for loss in losses:
+        if not loss.had_started and elastic.is_excused(run, loss, now):
+            loss = replace(loss, joined=-1)
         run.ledger.record(loss, last_step=top_step, now=now)
     if run.stage is Stage.STOP:
         run.stopped(f"{run.stop_reason}; a fault while stopping was not repaired", now)
@@ -106,14 +126,14 @@ def fault(run: Situation, losses: Sequence[Loss], now: float) -> None:
         run.announce_first(run.ledger.news(now, at_once=True))
         run.failed(1, run.ledger.used_up(), now)
     else:
-        _gather(run, now)
+        gather(run, now)
 
 
-def _gather(run: Situation, now: float) -> None:
+def gather(run: Situation, now: float, *, is_planned: bool = False) -> None:
     """Survivors leave what they are in, replacements start. A loss while gathering only adds to the list."""
     if run.stage is not Stage.GATHER:
         run.stage, run.deadline_s, run.waiting_since_s = Stage.GATHER, math.inf, now
         run.leave_epoch(now)
-        run.announce(*run.protection.degraded())
-    run.act(*run.keepers.fill(incident=run.ledger.failures, now=now))
-    run.act(*run.crew.fill_seats(incident=run.ledger.failures, now=now))
+        if not is_planned:
+            run.announce(*run.protection.degraded())
+    elastic.start_missing(run, now)

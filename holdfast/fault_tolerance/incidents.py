@@ -14,8 +14,9 @@ from holdfast.fault_tolerance.progress import EpochWatch
 
 __all__ = ["NAMING_GRACE_S", "Incident", "Ledger", "Loss", "Outage"]
 
-NAMING_GRACE_S = 1.0
-"""How long to wait for the first cause after its victims have reported: the news of a death may take longer."""
+NAMING_GRACE_S = 3.0
+"""How long to wait for the first cause after its victims have reported: the news of a death may take longer. Ray tells
+after 1.5 to 2 s that nobody is left of a node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Loss:
     incident that it was to repair."""
     is_victim: bool = False
     """Suffers from a fault whose cause is not known yet."""
+    had_started: bool = True
+    """False for a process that was lost before it was ready."""
 
 
 @dataclass(slots=True)

@@ -11,19 +11,25 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
 
 from holdfast.clock import Clock
 from holdfast.errors import InvariantViolation, ManifestMismatch, SnapshotError
+from holdfast.fault_tolerance import chaos, strikes
 from holdfast.fault_tolerance.arena import Arena
 from holdfast.fault_tolerance.buffer import BufferState
 from holdfast.fault_tolerance.checkpoint import read_rank, write_rank
 from holdfast.fault_tolerance.commit import CommitRecord, Outcome, from_json, to_json
+from holdfast.fault_tolerance.damage import flip_bit
+from holdfast.fault_tolerance.holdings import Holdings
+from holdfast.fault_tolerance.impairment import STORAGE
 from holdfast.fault_tolerance.lanes import ProtectionPlan
+from holdfast.fault_tolerance.ledger import Ledger
 from holdfast.fault_tolerance.links import PeerLinks
 from holdfast.fault_tolerance.manifest import Manifest, damaged_slices, digest
 from holdfast.fault_tolerance.protector import Protector
@@ -42,8 +48,9 @@ Json = dict[str, object]
 class KeeperApi(Protocol):
     """What the driver asks a keeper for. Calls may block as long as the storage does, ``pulse`` never."""
 
-    def admit(self, rank: int) -> Json:
-        """The rank's memory as the fields of an ``ArenaRef``, made when it is asked for first."""
+    def admit(self, rank: int, roster: int = 0) -> Json:
+        """The rank's memory as the fields of an ``ArenaRef``, made when it is asked for first. With the first rank of
+        a newer roster those before become former ones, whose memory stays until the new ones have as much."""
         ...
 
     def pulse(self, since: Mapping[int, int]) -> Json:
@@ -53,8 +60,9 @@ class KeeperApi(Protocol):
     def inventory(self, epoch: int = 0) -> Json:
         """What is here, after a fence to ``epoch``.
 
-        ``held``: complete versions with an intact manifest by rank, newest first. ``parity``: versions and epochs
-        whose parity is here. ``report``: what this keeper knows of outcomes, see ``commit.derive_outcome``.
+        ``held``: complete versions with an intact manifest by rank of ``roster``, newest first. ``former``: those of
+        other rosters. ``parity``: versions and epochs whose parity is here. ``report``: what this keeper knows of
+        outcomes, see ``commit.derive_outcome``.
         """
         ...
 
@@ -63,7 +71,8 @@ class KeeperApi(Protocol):
         ...
 
     def rebuild(self, rank: int, record: Json, plan: Json, lost: Sequence[int]) -> int:
-        """Between epochs: decode a rank's snapshot from what its lane holds, every digest verified; its version."""
+        """Between epochs: decode a rank's snapshot from what its lane holds, every digest verified; its version. One of
+        another roster becomes a guest."""
         ...
 
     def verify(self, rank: int, version: int) -> list[str]:
@@ -94,6 +103,14 @@ class KeeperApi(Protocol):
         """SIGKILL for a process of this node; nothing happens if there is none."""
         ...
 
+    def arm(self, folder: str, entries: Sequence[tuple[str, str]]) -> None:
+        """Faults on purpose, each with its source, for this keeper's failpoints; ``folder`` is the run's ledger."""
+        ...
+
+    def strike(self, entry: str, pids: Sequence[int] = ()) -> None:
+        """A fault on purpose, now; ``pids`` are the node's workers, for those that strike the whole node."""
+        ...
+
 
 class Keeper:
     """See :class:`KeeperApi`. ``limit_bytes`` is shared equally by the ranks that are admitted before they reserve; of
@@ -118,28 +135,34 @@ class Keeper:
         parity_ratio: float = 0.0,
         persist_mb_per_s: float = 0.0,
     ) -> None:
-        self._node, self._run_tag, self._limit_bytes, self._buffers = node, run_tag, limit_bytes, buffers
+        self._node = node
         self._lease_s, self._clock, self._heard_s = lease_s, clock, clock.now()
-        self._arenas: dict[int, Arena] = {}
+        self._holdings = Holdings(run_tag, limit_bytes=limit_bytes, buffers=buffers, parity_ratio=parity_ratio)
         self._fence_epoch = 0
         self._plans = 0  # fences and starts of epochs so far: what was begun before the last one is not wanted any more
         self._lock = threading.RLock()
         self._throttle = Throttle(persist_mb_per_s * 1e6, clock)
-        self._parity_ratio = parity_ratio
         self._links = PeerLinks(node, token)
-        self._protector = Protector(node, lambda: self._arenas, self._links, parity_ratio=parity_ratio)
+        self._protector = Protector(
+            node,
+            lambda: self._arenas,
+            self._links,
+            parity_ratio=parity_ratio,
+            find=self._holdings.of,
+            let_go=self._holdings.drop_former,
+        )
         self._links.serve(self._protector)
 
     # -- the node -------------------------------------------------------------------------------------------------
 
-    def admit(self, rank: int) -> Json:
+    @property
+    def _arenas(self) -> Mapping[int, Arena]:
+        """Of the present ranks."""
+        return self._holdings.present
+
+    def admit(self, rank: int, roster: int = 0) -> Json:
         with self._lock:
-            if rank not in self._arenas:
-                arena = Arena.create(rank, self._run_tag, 0, self._buffers)
-                arena.board.fence(self._fence_epoch)
-                self._arenas = {**self._arenas, rank: arena}  # replaced, never changed: other threads iterate
-                self._share_memory()
-            return asdict(self._arenas[rank].ref)
+            return asdict(self._holdings.admit(rank, roster, fence=self._fence_epoch).ref)
 
     @property
     def address(self) -> str:
@@ -150,14 +173,20 @@ class Keeper:
         self._heard_s = self._clock.now()
         wanted = {int(rank): number for rank, number in since.items()}
         ranks = {rank: _seen(arena, wanted.get(rank, 0)) for rank, arena in self._arenas.items()}
-        status = asdict(self._protector.status)
-        return {"node": self._node, "pid": os.getpid(), "now": self._heard_s, "ranks": ranks, "protection": status}
+        return {
+            "node": self._node,
+            "pid": os.getpid(),
+            "now": self._heard_s,
+            "roster": self._holdings.roster,
+            "ranks": ranks,
+            "protection": asdict(self._protector.status),
+        }
 
     def fence(self, epoch: int) -> None:
         with self._lock:
             self._plans += 1
             self._fence_epoch = max(self._fence_epoch, epoch)
-            for arena in self._arenas.values():
+            for arena in self._holdings.arenas:
                 arena.board.fence(epoch)
         self._protector.fence(epoch)
 
@@ -170,10 +199,12 @@ class Keeper:
         number, found = self._plans, cast(CommitRecord, from_json(record))
         how = ProtectionPlan.from_json(plan)
         self._links.connect(how.addresses)
-        self._arena(rank)
-        self._protector.rebuild(rank, found, how, lost)
+        is_guest = how.roster != self._holdings.roster
+        size_bytes = found.parts[rank].length
+        arena = self._holdings.guest(rank, how.roster, size_bytes) if is_guest else self._arena(rank)
+        self._protector.rebuild(rank, found, how, lost, arena)
         if number != self._plans:
-            self.quarantine(rank, found.version)
+            _release(arena, found.version)
             raise SnapshotError(f"version {found.version} of rank {rank} is rebuilt too late: another epoch has begun")
         return found.version
 
@@ -185,6 +216,27 @@ class Keeper:
         except ProcessLookupError:
             logger.info("pid %d was gone already", pid)
 
+    def arm(self, folder: str, entries: Sequence[tuple[str, str]]) -> None:
+        faults = [chaos.parse(entry, source=source, any_step=True) for entry, source in entries]
+        strikes.arm(faults, chaos.Target.KEEPER, self._node, Ledger(Path(folder)))
+
+    def strike(self, entry: str, pids: Sequence[int] = ()) -> None:
+        own = {
+            chaos.Action.NODE_SIGKILL: lambda _: _signal_all(pids, signal.SIGKILL),
+            chaos.Action.NODE_SIGSTOP: lambda _: _signal_all(pids, signal.SIGSTOP),
+            chaos.Action.FLIP: self._flip_parity,
+            chaos.Action.SLOW_LINK: lambda fault: self._links.slow_down(fault.mb_per_s * 1e6, fault.for_s),
+            **dict.fromkeys((chaos.Action.DISK_FULL, chaos.Action.SLOW_DISK), STORAGE.suffer),
+        }
+        strikes.strike(chaos.parse(entry, any_step=True), own)
+
+    def _flip_parity(self, fault: chaos.ChaosFault) -> None:
+        """Of the newest version whose parity is here."""
+        version, epoch = max(self._protector.parity_keys(), default=(-1, -1))
+        size = self._protector.status.parity_bytes // max(len(self._arenas), 1)
+        place = {"rank": fault.number, "version": version, "epoch": epoch, "start": 0, "stop": size}
+        flip_bit(self._protector.serve({"what": "parity", **place}), fault)
+
     def expired(self, now: float) -> bool:
         """No driver has asked for anything for longer than the lease."""
         return now - self._heard_s > self._lease_s
@@ -193,10 +245,7 @@ class Keeper:
         """Free all memory that no worker has mapped."""
         self._protector.close()
         self._links.close()
-        with self._lock:
-            arenas, self._arenas = self._arenas, {}
-            for arena in arenas.values():
-                arena.close()
+        self._holdings.close()
 
     # -- versions -------------------------------------------------------------------------------------------------
 
@@ -204,8 +253,18 @@ class Keeper:
         if epoch > self._fence_epoch:
             self.fence(epoch)
         held = {rank: [_offered(held) for held in held_versions(arena)] for rank, arena in self._arenas.items()}
-        report = to_json(self._protector.report())
-        return {"held": held, "parity": self._protector.parity_keys(), "report": report}
+        former = [
+            {"roster": roster, "rank": rank, **_offered(held)}
+            for (roster, rank), arena in self._holdings.former.items()
+            for held in held_versions(arena)
+        ]
+        return {
+            "roster": self._holdings.roster,
+            "held": held,
+            "former": former,
+            "parity": self._protector.parity_keys(),
+            "report": to_json(self._protector.report()),
+        }
 
     def verify(self, rank: int, version: int) -> list[str]:
         with self._reading(rank, version) as held:
@@ -214,7 +273,7 @@ class Keeper:
     def forget_above(self, version: int) -> None:
         with self._lock:
             self._plans += 1
-            for arena in self._arenas.values():
+            for arena in self._holdings.arenas:
                 for buffer in arena.buffers:
                     slot = buffer.describe()
                     if slot.version > version or slot.state is BufferState.FILLING:
@@ -222,9 +281,7 @@ class Keeper:
         self._protector.forget_above(version)
 
     def quarantine(self, rank: int, version: int) -> None:
-        for buffer in self._arena(rank).buffers:
-            if buffer.describe().version == version:
-                buffer.release()
+        _release(self._arena(rank), version)
 
     # -- durable checkpoints --------------------------------------------------------------------------------------
 
@@ -282,15 +339,6 @@ class Keeper:
             )
         return self._arenas[rank]
 
-    def _share_memory(self) -> None:
-        """What is not reserved yet is divided among the ranks that have reserved nothing."""
-        boards = [arena.board for arena in self._arenas.values()]
-        reserved = sum(board.capacity * (board.buffers + self._parity_ratio) for board in boards)
-        waiting = [board for board in boards if board.capacity == 0]
-        for board in waiting:
-            share = max(self._limit_bytes - reserved, 0) / len(waiting)
-            board.limit_bytes = int(share * self._buffers / (self._buffers + self._parity_ratio))
-
     @contextmanager
     def _reading(self, rank: int, version: int) -> Iterator[Held]:
         """The version, pinned: its worker fills another buffer meanwhile."""
@@ -306,6 +354,19 @@ class Keeper:
     def _pin(self, held: Held, change: int) -> None:
         with self._lock:
             held.buffer.pin(change)
+
+
+def _release(arena: Arena, version: int) -> None:
+    for buffer in arena.buffers:
+        if buffer.describe().version == version:
+            buffer.release()
+
+
+def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:
+    """This process comes last."""
+    for pid in (*pids, os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _seen(arena: Arena, since: int) -> Json:
@@ -330,4 +391,5 @@ def _offered(held: Held) -> Json:
         "digest": held.slot.manifest_digest,
         "world": held.manifest.world,
         "bytes": held.slot.data_bytes + held.slot.manifest_bytes,
+        "manifest_bytes": held.slot.manifest_bytes,
     }

@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PARITY_SLOTS", "Lane", "ProtectionPlan", "Recorded", "lost_beyond_repair", "make_lanes", "parity_buffers"]
+__all__ = [
+    "PARITY_SLOTS",
+    "Lane",
+    "ProtectionPlan",
+    "Recorded",
+    "Roster",
+    "lost_beyond_repair",
+    "make_lanes",
+    "parity_buffers",
+]
 
 PARITY_SLOTS = 2
 """Versions whose parity a node keeps: the newest committed one and the one that is being encoded."""
@@ -27,6 +36,32 @@ class Lane:
 
 
 @dataclass(frozen=True, slots=True)
+class Roster:
+    """The nodes of a membership, in the order of their ranks."""
+
+    number: int
+    """Grows by one whenever the nodes change; what was written under another number is divided in another way."""
+    nodes: tuple[int, ...]
+    workers_per_node: int
+    lanes: tuple[Lane, ...] = ()
+    """Which ranks protect each other."""
+
+    @property
+    def world(self) -> int:
+        return len(self.nodes) * self.workers_per_node
+
+    def node_of(self, rank: int) -> int:
+        return self.nodes[rank // self.workers_per_node]
+
+    def ranks_of(self, node: int) -> range:
+        """None for a node that does not take part."""
+        if node not in self.nodes:
+            return range(0)
+        first = self.nodes.index(node) * self.workers_per_node
+        return range(first, first + self.workers_per_node)
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """A version that the keepers have committed, and what is left of it."""
 
@@ -37,6 +72,8 @@ class Recorded:
     """Ranks whose snapshot is not in any memory."""
     bare: tuple[int, ...] = ()
     """Ranks on whose node their lane's parity is not."""
+    roster: int = 0
+    """Number of the membership that its ranks belong to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +90,8 @@ class ProtectionPlan:
     """Of each node's keeper."""
     persist_every: int = 0
     """Committed versions whose number is a multiple wait for their durable checkpoint; 0: none does."""
+    roster: int = 0
+    """Number of the membership that the ranks belong to."""
 
     @property
     def world(self) -> int:
@@ -70,7 +109,9 @@ class ProtectionPlan:
         ranks = {int(node): tuple(held) for node, held in value["ranks"].items()}
         lanes = tuple(Lane(lane["number"], tuple(lane["ranks"]), lane["parity"]) for lane in value["lanes"])
         addresses = {int(node): str(address) for node, address in value["addresses"].items()}
-        return cls(value["epoch"], value["version"], ranks, lanes, addresses, value["persist_every"])
+        return cls(
+            value["epoch"], value["version"], ranks, lanes, addresses, value["persist_every"], value.get("roster", 0)
+        )
 
 
 def make_lanes(groups: Sequence[Sequence[int]], workers_per_node: int, parity: int) -> tuple[Lane, ...]:

@@ -71,6 +71,14 @@ class PeerLinks:
         """What is wrong with a peer's copy, see ``Protector.examine``. Raises: SnapshotError."""
         return cast(Sequence[str], self._peer(node).request("examine", request, _EXAMINE_S))
 
+    def slow_down(self, bytes_per_s: float, seconds: float) -> None:
+        """What peers fetch from here comes at this rate for a while; at once if there are no peers."""
+        if self._server is not None:
+            self._server.limit(bytes_per_s)
+            timer = threading.Timer(seconds, self._server.limit, [0.0])
+            timer.daemon = True  # a keeper that ends does not wait for it
+            timer.start()
+
     def close(self) -> None:
         """No peer is answered or asked any more."""
         with self._lock:

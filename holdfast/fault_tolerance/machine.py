@@ -3,14 +3,15 @@
 ::
 
     start ─▶ GATHER ─▶ INVENTORY ─▶ (LOAD ─▶) RUN ─▶ OVER
-               ▲           any loss │          └─▶ STOP ─▶ OVER
-               └────────────────────┘
+               ▲           any loss │        │ └─▶ STOP ─▶ OVER
+               └────────────────────┴─ GROW ◀┘
 
 GATHER waits until every seat has an idle worker and every keeper answers. INVENTORY asks what could be restored
 and from where, LOAD brings a durable checkpoint into memory, RUN trains. A loss in any of them begins a new epoch
 and gathers again with what is left; so there is one way into an epoch, for the first start, for a resume
-and for every recovery. Each wait has a deadline and each deadline that passes is charged to a budget:
-whatever happens, a run either trains or ends.
+and for every recovery. A node that does not come back may be done without, and GROW lets the ranks leave together
+when it has come back after all: see :mod:`holdfast.fault_tolerance.elastic`. Each wait has a deadline and each
+deadline that passes is charged to a budget: whatever happens, a run either trains or ends.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from holdfast.errors import InvariantViolation
 from holdfast.events import StopRequested
-from holdfast.fault_tolerance import deadlines, faults, regroup
+from holdfast.fault_tolerance import deadlines, elastic, faults, regroup
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import RecoveryConfig
 from holdfast.fault_tolerance.membership import Layout, WorkerState
@@ -73,6 +74,11 @@ class Supervisor:
         return self._run.epoch
 
     @property
+    def nodes(self) -> tuple[int, ...]:
+        """Those that take part."""
+        return self._run.roster.nodes
+
+    @property
     def faults(self) -> int:
         """Incidents so far."""
         return self._run.ledger.failures
@@ -94,8 +100,7 @@ class Supervisor:
             raise InvariantViolation("a supervisor starts once; make a new one for another run")
         run.stage, run.epoch = Stage.GATHER, 1
         run.looked_s = run.waiting_since_s = run.said_s = now
-        run.act(*run.keepers.fill(incident=0, now=now))
-        run.act(*run.crew.fill_seats(incident=0, now=now))
+        elastic.start_missing(run, now)
         run.act(*run.crew.fill_spares(incident=0, now=now))
         return run.take_actions()
 
@@ -115,11 +120,11 @@ class Supervisor:
 
 def _advance(run: Situation, now: float) -> None:
     """Whatever the message was, is the stage's condition met?"""
+    if run.stage in (Stage.RUN, Stage.GROW, Stage.STOP):
+        _follow_progress(run, now)
+        _go_on_if_all_have_left(run, now)
     if run.stage is Stage.GATHER and run.crew.is_ready and not run.keepers.waiting:
         regroup.take_inventory(run, now)
-    elif run.stage in (Stage.RUN, Stage.STOP):
-        _follow_progress(run, now)
-        _finish_if_all_have_left(run, now)
 
 
 def _follow_progress(run: Situation, now: float) -> None:
@@ -130,6 +135,7 @@ def _follow_progress(run: Situation, now: float) -> None:
         run.announce(*run.ledger.resumed(run.watch, now))
     if run.ledger.outage is None and run.stage is Stage.RUN:
         _keep_spares(run, now)
+        elastic.begin_to_grow(run, now)
 
 
 def _keep_spares(run: Situation, now: float) -> None:
@@ -138,14 +144,16 @@ def _keep_spares(run: Situation, now: float) -> None:
         run.act(*run.crew.fill_spares(incident=run.ledger.failures, now=now))
     has_lost = run.ledger.failures + run.spares_lost > 0
     is_encoded = run.encoded_epoch == run.epoch
-    run.announce(*run.protection.measure(run.crew.spares, has_lost=has_lost, is_encoded=is_encoded))
+    run.announce(*run.protection.measure(run.crew.spares, run.crew.crowded, has_lost=has_lost, is_encoded=is_encoded))
 
 
-def _finish_if_all_have_left(run: Situation, now: float) -> None:
+def _go_on_if_all_have_left(run: Situation, now: float) -> None:
     if not run.crew.is_ready:
         return
     if all(worker.outcome is m.Outcome.FINISHED for worker in run.crew.seated):
         run.end(m.Finish("finished", 0, "the goal is reached"), now)
+    elif run.stage is Stage.GROW:
+        deadlines.grow(run, now)
     else:
         run.stopped(run.stop_reason, now)
 
@@ -159,6 +167,10 @@ def _worker_ready(run: Situation, message: m.WorkerReady, now: float) -> None:
 
 def _keeper_ready(run: Situation, message: m.KeeperReady, now: float) -> None:
     run.keepers.ready(message.node)
+
+
+def _node_moved(run: Situation, message: m.NodeMoved, now: float) -> None:
+    run.crew.move(message.node, message.host)
 
 
 def _beats(run: Situation, message: m.Beats, now: float) -> None:
@@ -177,14 +189,18 @@ def _stop_asked(run: Situation, message: m.StopAsked, now: float) -> None:
         return
     run.announce(StopRequested(message.reason))
     run.stop_reason = message.reason
-    if run.stage is Stage.RUN:
+    if run.stage in (Stage.RUN, Stage.GROW):
         run.stage, run.deadline_s = Stage.STOP, now + run.recovery.stop_grace_s
         run.act(m.StopEpoch(run.epoch))
     else:
         run.stopped(message.reason, now)
 
 
-_STATES: Mapping[Stage, State] = {Stage.RUN: State.RUNNING, Stage.STOP: State.STOPPING}
+_STATES: Mapping[Stage, State] = {
+    Stage.RUN: State.RUNNING,
+    Stage.GROW: State.RESTARTING,
+    Stage.STOP: State.STOPPING,
+}
 
 # Each handler takes its own kind of message, which a mapping cannot express: hence Any.
 _HANDLERS: Mapping[type[m.Message], Callable[[Situation, Any, float], None]] = {
@@ -193,6 +209,7 @@ _HANDLERS: Mapping[type[m.Message], Callable[[Situation, Any, float], None]] = {
     m.WorkerParked: faults.worker_parked,
     m.KeeperReady: _keeper_ready,
     m.KeeperLost: faults.keeper_lost,
+    m.NodeMoved: _node_moved,
     m.InventoryTaken: regroup.inventory_taken,
     m.CheckpointLoaded: regroup.checkpoint_loaded,
     m.CheckpointRefused: regroup.checkpoint_refused,

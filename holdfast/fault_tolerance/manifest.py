@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -18,7 +20,17 @@ from holdfast import __version__
 from holdfast.errors import ManifestMismatch, ShardCorrupt
 from holdfast.types import Quantization, SliceSpec
 
-__all__ = ["FORMAT_VERSION", "Entry", "Manifest", "ManifestWriter", "damaged_slices", "digest", "lay_out"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Entry",
+    "Manifest",
+    "ManifestWriter",
+    "clear_gaps",
+    "damaged_slices",
+    "digest",
+    "gaps",
+    "lay_out",
+]
 
 FORMAT_VERSION = 1
 WRITER = f"holdfast {__version__}"
@@ -141,6 +153,19 @@ class ManifestWriter:
             writer.write_batch(pa.record_batch([*self._columns, pa.array(digests, type=pa.string())], schema=schema))
         stream: bytes = sink.getvalue().to_pybytes()
         return stream + bytes.fromhex(digest(stream))
+
+
+def gaps(places: Sequence[tuple[int, int]], end: int) -> npt.NDArray[np.int64]:
+    """Bytes between slices, of which no digest tells. ``places``: offset and length of each slice, ascending."""
+    starts = [0, *(offset + length for offset, length in places)]
+    stops = [*(offset for offset, _ in places), end]
+    ranges = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
+    return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
+
+
+def clear_gaps(data: npt.NDArray[np.uint8], manifest: Manifest) -> None:
+    """Parity is computed over gaps too, which are zero when a version is written: make them so again."""
+    data[gaps([(entry.offset, entry.length) for entry in manifest.entries], len(data))] = 0
 
 
 def damaged_slices(data: Any, manifest: Manifest) -> Iterator[ShardCorrupt]:

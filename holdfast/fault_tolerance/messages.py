@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from holdfast.events import Event
-from holdfast.fault_tolerance.lanes import Recorded
+from holdfast.fault_tolerance.lanes import Recorded, Roster
 from holdfast.types import Phase
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "LoadCheckpoint",
     "Member",
     "Message",
+    "NodeMoved",
     "Outcome",
     "Protected",
     "Quarantine",
@@ -146,6 +147,14 @@ class KeeperReady(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class NodeMoved(Message):
+    """What is started for ``node`` from now on gets to another host, because the one it was on does not answer."""
+
+    node: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class KeeperLost(Message):
     """A keeper died or fell silent; the memory it owned is gone."""
 
@@ -169,6 +178,9 @@ class InventoryTaken(Message):
     foreign: tuple[int, ...] = ()
     """Those of ``durable`` that were written in another layout: no keeper can load them, but every rank can read its
     part itself."""
+    former: tuple[Recorded, ...] = ()
+    """Versions that the ranks of another roster hold in memory, and what is left of each: every rank can read its part
+    of them from the keepers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +280,7 @@ class TakeInventory(Action):
 
     epoch: int
     members: tuple[Member, ...]
+    roster: Roster
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +302,7 @@ class LoadCheckpoint(Action):
 @dataclass(frozen=True, slots=True)
 class Rebuild(Action):
     """Decode what ``ranks`` had of a recorded version from what their lanes hold; answer CheckpointLoaded or
-    CheckpointRefused."""
+    CheckpointRefused. Ranks of another roster are guests of any keeper."""
 
     epoch: int
     version: int
@@ -308,6 +321,9 @@ class StartEpoch(Action):
     version: int
     from_storage: bool = False
     """The members read ``version`` from its durable checkpoint; a member that cannot use it leaves as CORRUPT."""
+    former: Recorded | None = None
+    """The members read ``version`` from what the ranks of another roster hold in memory; one that finds it damaged
+    leaves as CORRUPT."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from holdfast.fault_tolerance.stripes import StripeLayout
 __all__ = ["ParityStore", "Reader", "encode", "rebuild"]
 
 _CHUNK_BYTES = erasure.CHUNK_BYTES
+_PATIENCE_S = 120.0
 
 
 class Reader(Protocol):
@@ -193,12 +194,18 @@ def _fetch(
     chunks = list(layout.chunks(_CHUNK_BYTES))
     under_way = begin(0, chunks[0]) if chunks else []
     for number, chunk in enumerate(chunks):
-        wait(under_way)  # all of them: nothing may write into the arrays when an error leaves here
-        for done in under_way:
-            done.result()
+        _finish(under_way)
         if number + 1 < len(chunks):
             under_way = begin(number + 1, chunks[number + 1])
         yield chunk, {share: scratch[number % 2][row, : len(chunk)] for row, share in enumerate(wanted)}
+
+
+def _finish(reads: Sequence[Future[None]]) -> None:
+    """All of them, also when one fails: nothing may write into the arrays when an error leaves here."""
+    if wait(reads, timeout=_PATIENCE_S).not_done:  # each has a deadline of its own, well below this one
+        raise SnapshotError(f"a chunk was not read within {_PATIENCE_S:.0f} s")
+    for read in reads:
+        read.result()
 
 
 def _fill(row: Bytes, lane: Lane, layout: StripeLayout, stripe: int, share: int, chunk: range, reader: Reader) -> None:

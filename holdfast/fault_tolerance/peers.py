@@ -246,7 +246,8 @@ class PeerServer:
         self._token, self._handlers = token, dict(handlers)
         self._max_connections, self._payload_limit_bytes = max_connections, payload_limit_bytes
         self._closing = threading.Event()
-        self._bucket = _Bucket(max_bytes_per_s, self._closing) if max_bytes_per_s > 0 else None
+        self._bucket: _Bucket | None = None
+        self.limit(max_bytes_per_s)
         self._lock = threading.Lock()
         self._open: dict[threading.Thread, _Wire] = {}
         host = host or _reachable_host()
@@ -257,6 +258,10 @@ class PeerServer:
         """For :class:`PeerClient`."""
         self._acceptor = threading.Thread(target=self._accept, name="holdfast-peers", daemon=True)
         self._acceptor.start()
+
+    def limit(self, max_bytes_per_s: float) -> None:
+        """From the next answer on, all bulk answers together; 0 does not bound them."""
+        self._bucket = _Bucket(max_bytes_per_s, self._closing) if max_bytes_per_s > 0 else None
 
     def close(self) -> None:
         """Stop listening, cut every connection, and wait for the threads. May be repeated. A handler that does not

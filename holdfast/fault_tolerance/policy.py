@@ -1,8 +1,9 @@
 """From which version a membership epoch starts. Pure: an inventory goes in, a reasoned decision comes out.
 
 The newest state wins. Of equally new ones the best source: the memory of all ranks' own keepers; parity, where some
-have lost theirs; a durable checkpoint. A fresh model is a source only where no checkpoint was ever seen: checkpoints
-that exist and cannot be read end the run, as starting over would bury them.
+have lost theirs; what the ranks of another roster hold, or parity of theirs; a durable checkpoint. A fresh model is a
+source only where no checkpoint was ever seen: checkpoints that exist and cannot be read end the run, as starting over
+would bury them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from holdfast.fault_tolerance.lanes import Lane, Recorded, lost_beyond_repair
+from holdfast.fault_tolerance.lanes import Recorded, Roster, lost_beyond_repair
 from holdfast.fault_tolerance.messages import HeldVersion
 
 __all__ = [
@@ -41,11 +42,15 @@ Held = Mapping[int, Sequence[HeldVersion]]
 class View:
     """What could be restored, as far as anybody knows."""
 
-    world: int
+    roster: Roster
+    """The membership that is to go on."""
     held: Held
     recorded: tuple[Recorded, ...] = ()
     """Versions that the keepers have committed together."""
-    lanes: tuple[Lane, ...] = ()
+    former: tuple[Recorded, ...] = ()
+    """Versions of other rosters."""
+    rosters: Mapping[int, Roster] = field(default_factory=dict)
+    """Those that there have been, by number."""
     spoilt: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """Version and epoch of records from which a rank could not be rebuilt, with the reason."""
     durable: tuple[int, ...] = ()
@@ -54,6 +59,10 @@ class View:
     """Steps of checkpoints that turned out bad when they were loaded, with the reason."""
     rejected: tuple[str, ...] = ()
     """Checkpoints that were found and cannot be used, each with its reason."""
+
+    @property
+    def world(self) -> int:
+        return self.roster.world
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,14 @@ class Decision:
     """Membership epoch that wrote the chosen version in memory."""
     recorded: Recorded | None = None
     """What is left of the version that has to be rebuilt from parity."""
+    former: Recorded | None = None
+    """What is left of the version that the ranks of another roster hold, and every rank now reads its part of."""
+
+    @property
+    def incomplete(self) -> Recorded | None:
+        """What has to be rebuilt before anybody can start."""
+        found = self.recorded or self.former
+        return found if found is not None and found.absent else None
 
 
 def newest_common(held: Held, world: int) -> int | None:
@@ -82,16 +99,19 @@ def newest_common(held: Held, world: int) -> int | None:
 
 def decide(view: View) -> Decision:
     """Choose the newest state that is exact on every rank."""
-    memory, parity = _common(view.held, view.world), _restorable(view)
+    memory, parity, former = _common(view.held, view.world), _restorable(view), _readable(view)
     disk = max((step for step in view.durable if step not in view.refused), default=None)
-    known = (None if memory is None else memory[0], None if parity is None else parity.version, disk)
-    newest = max((version for version in known if version is not None), default=None)
+    found = [one.version for one in (parity, former) if one is not None]
+    known = [*found, *(() if memory is None else memory[:1]), *(() if disk is None else (disk,))]
+    newest = max(known, default=None)
     if newest is None:
         return _give_up(view) if view.rejected or view.refused else _afresh(view)
     if memory is not None and memory[0] == newest:
         return _from_memory(view, *memory)
     if parity is not None and parity.version == newest:
         return _from_parity(view, parity)
+    if former is not None and former.version == newest:
+        return _from_former(view, former)
     return _from_disk(view, newest, memory)
 
 
@@ -101,12 +121,24 @@ def _restorable(view: View) -> Recorded | None:
     return max(good, key=lambda recorded: (recorded.version, recorded.epoch), default=None)
 
 
+def _readable(view: View) -> Recorded | None:
+    """The newest version of another roster that is in memory, or can be made whole there."""
+    good = (r for r in view.former if not _against_former(view, r))
+    return max(good, key=lambda former: (former.version, former.epoch), default=None)
+
+
+def _against_former(view: View, former: Recorded) -> str:
+    if (former.version, former.epoch) in view.spoilt:
+        return view.spoilt[former.version, former.epoch]
+    return lost_beyond_repair(former, view.rosters[former.roster].lanes)
+
+
 def _against_parity(view: View, recorded: Recorded) -> str:
     if (recorded.version, recorded.epoch) in view.spoilt:
         return view.spoilt[recorded.version, recorded.epoch]
     if not recorded.absent:
         return "no rank has lost it"
-    return lost_beyond_repair(recorded, view.lanes)
+    return lost_beyond_repair(recorded, view.roster.lanes)
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
@@ -141,6 +173,16 @@ def _from_parity(view: View, recorded: Recorded) -> Decision:
     return Decision(recorded.version, PARITY, reason, against, recorded=recorded)
 
 
+def _from_former(view: View, former: Recorded) -> Decision:
+    lost = f"but for {name_ranks(former.absent)}, which parity restores" if former.absent else "in the keepers' memory"
+    reason = (
+        f"version {former.version}, divided among {view.rosters[former.roster].world} rank(s), is complete {lost}; "
+        f"each of now {view.world} reads its part"
+    )
+    against = _torn(view, above=former.version) + _refusals(view, above=former.version)
+    return Decision(former.version, PARITY if former.absent else MEMORY, reason, against, former=former)
+
+
 def _afresh(view: View) -> Decision:
     reason = "no version in memory is complete and there is no checkpoint"
     return Decision(-1, FRESH, reason, _torn(view, above=-1) + _unrestorable(view, above=-1))
@@ -170,8 +212,10 @@ def _refusals(view: View, *, above: int) -> tuple[str, ...]:
 
 def _unrestorable(view: View, *, above: int) -> tuple[str, ...]:
     """Why each recorded version newer than ``above`` cannot be rebuilt, newest first."""
-    newer = sorted((r for r in view.recorded if r.version > above and r.absent), key=lambda r: (-r.version, -r.epoch))
-    return tuple(f"version {r.version} from parity: {_against_parity(view, r)}" for r in newer)
+    own = [(r, _against_parity(view, r)) for r in view.recorded if r.absent]
+    all_of_them = own + [(r, _against_former(view, r)) for r in view.former]
+    newer = sorted((one for one in all_of_them if one[0].version > above), key=lambda o: (-o[0].version, -o[0].epoch))
+    return tuple(f"version {r.version} from parity: {why}" for r, why in newer)
 
 
 def _torn(view: View, *, above: int) -> tuple[str, ...]:

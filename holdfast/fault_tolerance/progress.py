@@ -23,7 +23,8 @@ class EpochWatch:
         """Steps finished before the epoch's first one."""
         self.top_step = self.first_step
         """Most steps that any rank is known to have finished."""
-        self._ranks = {member.rank for member in members}
+        self._rank_of = {member.worker: member.rank for member in members}
+        self._ranks = set(self._rank_of.values())
         self._restored: set[int] = set()
         self._resumed: set[int] = set()
         # Nobody is silent before the epoch has begun: its start counts as a sign of life from everybody.
@@ -45,9 +46,10 @@ class EpochWatch:
         """The first step finished in this epoch, or the one it began with if there was nothing to do."""
         return min(self.top_step, self.first_step + 1)
 
-    def last(self, rank: int) -> BeatSeen:
-        """The newest sign of life of a rank."""
-        return self._beats[rank]
+    def last(self, worker: int) -> BeatSeen | None:
+        """The newest sign of life of a member, who may have another rank by now; None for anybody else."""
+        rank = self._rank_of.get(worker)
+        return None if rank is None else self._beats[rank]
 
     def note(self, beats: Mapping[int, BeatSeen]) -> None:
         """Take over new beats. One of an older epoch proves a heartbeat, but no progress in this epoch."""
@@ -70,8 +72,9 @@ class EpochWatch:
         if has_stepped:
             self._resumed.add(beat.rank)
 
-    def conclude(self, rank: int) -> None:
-        """The rank has left because there is nothing more to do."""
+    def conclude(self, worker: int) -> None:
+        """The member has left because there is nothing more to do."""
+        rank = self._rank_of[worker]
         self._restored.add(rank)
         self._resumed.add(rank)
 

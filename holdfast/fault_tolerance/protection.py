@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.events import Protection
+from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.membership import Crew, Keepers, Worker, WorkerState
 from holdfast.fault_tolerance.policy import name_ranks
 
@@ -17,9 +18,15 @@ FULL, REDUCED, DEGRADED = "full", "reduced", "degraded"
 class ProtectionGauge:
     """Says when the level of protection changes, and nothing while it stays."""
 
-    def __init__(self, spares: int, *, has_parity: bool) -> None:
-        self._spares, self._has_parity = spares, has_parity
+    def __init__(self, spares: int, roster: Roster) -> None:
+        self._spares = spares
+        self.move_to(roster, absent=())
         self._said = (FULL, "")
+
+    def move_to(self, roster: Roster, *, absent: Sequence[int]) -> None:
+        """Other nodes take part from now on; the run goes on without those that are ``absent``."""
+        self._absent = tuple(absent)
+        self._has_parity = any(lane.parity for lane in roster.lanes)
 
     def degraded(self) -> list[Protection]:
         """A recovery begins."""
@@ -27,10 +34,13 @@ class ProtectionGauge:
             return []
         return self._say(DEGRADED, "the run is recovering; another loss now is repaired together with this one")
 
-    def measure(self, spares: Sequence[Worker], *, has_lost: bool, is_encoded: bool) -> list[Protection]:
+    def measure(
+        self, spares: Sequence[Worker], crowded: Sequence[int], *, has_lost: bool, is_encoded: bool
+    ) -> list[Protection]:
         """Everybody trains. Spares of the first hour that are still warming up are no news, nor is the first parity.
 
-        ``is_encoded``: the keepers have committed a version since the epoch began.
+        ``crowded``: nodes that have moved to the host of another one. ``is_encoded``: the keepers have committed a
+        version since the epoch began.
         """
         if not has_lost:
             return []
@@ -42,7 +52,13 @@ class ProtectionGauge:
             return self._say(
                 REDUCED, f"{ready} of {self._spares} spares are warm; the next replacement may have to start cold"
             )
+        if self._has_parity and crowded:
+            names = ", ".join(map(str, crowded))
+            return self._say(REDUCED, f"node(s) {names} moved to the host of another node, and both are lost with it")
         whole = "any worker or node" if self._has_parity else "any worker"
+        if self._absent:
+            names = ", ".join(map(str, self._absent))
+            return self._say(REDUCED, f"the run goes on without node(s) {names}; {whole} can be replaced from memory")
         stand_by = f"{ready} warm spare(s) stand by" if self._spares else "without spares, as configured"
         return self._say(FULL, f"{whole} can be replaced from memory; {stand_by}")
 

@@ -24,7 +24,7 @@ from holdfast.fault_tolerance import commit as c
 from holdfast.fault_tolerance.arena import Arena
 from holdfast.fault_tolerance.buffer import Buffer, BufferState, Bytes, Slot
 from holdfast.fault_tolerance.lanes import ProtectionPlan
-from holdfast.fault_tolerance.manifest import Manifest, damaged_slices, digest
+from holdfast.fault_tolerance.manifest import Manifest, clear_gaps, damaged_slices, digest
 from holdfast.fault_tolerance.parity import ParityStore, encode, rebuild
 from holdfast.fault_tolerance.rotation import choose_target
 
@@ -32,8 +32,10 @@ __all__ = ["Links", "ProtectionPlan", "Protector", "Status"]
 
 logger = logging.getLogger(__name__)
 
-_POLL_S, _IDLE_S = 0.005, 0.1
-"""Between two looks at the boards, while an epoch runs and between epochs."""
+_POLL_S, _SLOWEST_POLL_S, _IDLE_S = 0.005, 0.05, 0.1
+"""Between two looks at the boards while an epoch runs, at least and at most; and between epochs."""
+_LOOKS_PER_VERSION = 20
+"""Where versions come slowly, looking often would only cost the trainers processor time."""
 _READERS = 8
 _NICE = 10
 
@@ -76,7 +78,8 @@ class Protector:
     """One keeper's part. Every method may be called from any thread.
 
     ``arenas`` gives the memory of this node's ranks; parity may take ``parity_ratio`` times as much as one of a rank's
-    buffers at its limit.
+    buffers at its limit. ``find`` gives all memory of ranks of a number, those of other rosters included; that is let
+    go when the second version of a roster is committed, because by then every keeper knows of the first.
     """
 
     def __init__(
@@ -86,17 +89,25 @@ class Protector:
         links: Links,
         *,
         parity_ratio: float,
+        find: Callable[[int], Sequence[Arena]],
+        let_go: Callable[[], None],
         timing: c.Timing | None = None,
     ) -> None:
         self._node, self._arenas, self._links, self._parity_ratio = node, arenas, links, parity_ratio
+        self._find_memory, self._let_go = find, let_go
         self._timing = timing or c.Timing()
         self._participant = c.Participant(node, timing=self._timing)
         self._coordinator: c.Coordinator | None = None
         self._plan: ProtectionPlan | None = None
         self._fence_epoch = 0
         self._stores: dict[int, ParityStore] = {}
+        self._former: tuple[Mapping[int, ParityStore], ...] = ()
+        """Of other rosters."""
+        self._roster, self._first_epoch, self._commits = 0, 0, 0
+        """Number of the present roster, its first epoch, and how many of its versions have been committed."""
         self._pins: dict[c.Key, list[Buffer]] = {}
         self._status = Status()
+        self._filled_last, self._filled_s, self._pause_s = -1, time.monotonic(), _POLL_S
         self._lock = threading.RLock()
         self._is_closed = threading.Event()
         self._encoder = ThreadPoolExecutor(1, "encode", initializer=_go_last)
@@ -122,11 +133,12 @@ class Protector:
     def parity_keys(self) -> list[c.Key]:
         """Versions and epochs whose parity is here, of every lane of this node."""
         with self._lock:
-            keys = [set(store.keys) for store in self._stores.values()]
-        return sorted(set.intersection(*keys)) if keys else []
+            rosters = [stores for stores in (self._stores, *self._former) if stores]
+            return sorted({key for stores in rosters for key in set.intersection(*map(_keys_of, stores.values()))})
 
     def forget_above(self, version: int) -> None:
         with self._lock:
+            self._commits = 0  # perhaps not any more
             self._do(self._participant.forget_above(version))
 
     def begin(self, plan: ProtectionPlan, outcome: c.Outcome) -> None:
@@ -145,8 +157,10 @@ class Protector:
             for arena in self._arenas().values():
                 arena.board.is_protected = True
 
-    def rebuild(self, rank: int, record: c.CommitRecord, plan: ProtectionPlan, lost: Collection[int]) -> None:
-        """Bring the snapshot of ``rank`` back into its memory, COMMITTED, from what the other ranks of its lane hold.
+    def rebuild(
+        self, rank: int, record: c.CommitRecord, plan: ProtectionPlan, lost: Collection[int], arena: Arena
+    ) -> None:
+        """Bring the snapshot of ``rank`` back into ``arena``, COMMITTED, from what the other ranks of its lane hold.
 
         ``lost``: ranks whose snapshots are not there; those of the lane whose copies turn out damaged are added.
         Raises: InsufficientShards, ShardCorrupt, SnapshotError.
@@ -154,7 +168,7 @@ class Protector:
         lane, reader = plan.lane_of(rank), _Reader(self, plan, record.key, record.parts)
         gone = {*lost, rank} & set(lane.ranks)
         gone |= {other for other in lane.ranks if other not in gone and self._is_damaged(other, record, plan)}
-        part, arena = record.parts[rank], self._arenas()[rank]
+        part = record.parts[rank]
         members = [lane.ranks.index(other) for other in sorted(gone)]
         if len(members) > lane.parity:
             raise InsufficientShards(
@@ -181,7 +195,7 @@ class Protector:
     def close(self) -> None:
         self._is_closed.set()
         self._encoder.shutdown(wait=False, cancel_futures=True)
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False)  # whoever waits for a read that is cancelled is never woken
 
     # -- from peers -----------------------------------------------------------------------------------------------
 
@@ -195,9 +209,9 @@ class Protector:
         """Bytes of a snapshot or of parity. Raises: SnapshotError when they are not here."""
         place = range(request["start"], request["stop"])
         if request["what"] == "parity":
-            return self._store_of(request["rank"]).read((request["version"], request["epoch"]), place)
-        arena = self._arenas().get(request["rank"])
-        for buffer in arena.buffers if arena is not None else ():
+            key = (request["version"], request["epoch"])
+            return self._store_of(request["rank"], key).read(key, place)
+        for buffer in (buffer for arena in self._find_memory(request["rank"]) for buffer in arena.buffers):
             slot = buffer.describe()
             if slot.is_complete and slot.manifest_digest == request["digest"]:
                 return buffer.data[place.start : place.stop]
@@ -208,10 +222,11 @@ class Protector:
         record = cast(c.CommitRecord, c.from_json(request["record"]))
         rank = request["rank"]
         try:
-            parity = self._store_of(rank).damage(record)
+            parity = self._store_of(rank, record.key).damage(record)
             part = record.parts[rank]
             data = self.serve({"what": "data", "rank": rank, "digest": part.digest, "start": 0, "stop": part.length})
             manifest = _manifest_of(data, part, rank)
+            clear_gaps(data[: part.length - part.manifest_bytes], manifest)
         except SnapshotError as error:
             return [str(error)]
         return [str(damage) for damage in (*parity, *damaged_slices(data, manifest))]
@@ -223,7 +238,7 @@ class Protector:
     # -- while an epoch runs --------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._is_closed.wait(_IDLE_S if self._plan is None else _POLL_S):
+        while not self._is_closed.wait(_IDLE_S if self._plan is None else self._pause_s):
             try:
                 with self._lock:
                     self._look()
@@ -234,11 +249,19 @@ class Protector:
         plan = self._plan
         if plan is None:
             return
-        now = time.monotonic()
-        self._do(self._participant.filled(plan.epoch, self._filled(plan), now))
+        now, versions = time.monotonic(), self._filled(plan)
+        self._pace(max(versions, default=-1), now)
+        self._do(self._participant.filled(plan.epoch, versions, now))
         self._do(self._participant.tick(now))
         if self._coordinator is not None:
             self._do(self._coordinator.tick(now))
+
+    def _pace(self, newest: int, now: float) -> None:
+        """Look a few times for each version that comes."""
+        if newest != self._filled_last:
+            between_s = (now - self._filled_s) / _LOOKS_PER_VERSION
+            self._pause_s = min(max(between_s, _POLL_S), _SLOWEST_POLL_S)
+            self._filled_last, self._filled_s = newest, now
 
     def _filled(self, plan: ProtectionPlan) -> dict[int, dict[int, c.RankVote]]:
         """Versions that every rank of this node has complete."""
@@ -315,13 +338,15 @@ class Protector:
                 for _, store in lanes
                 for block in encode(store, prepare.key, prepare.parts, reader, self._readers, keep=keep)
             ]
+            failpoints.hit("keeper.before_vote", prepare.version)
         except Exception as error:  # the boundary of a thread: to the protocol it is a no
             logger.warning("version %d is not encoded: %s", prepare.version, error)
             with self._lock:
                 self._do(self._participant.encode_failed(prepare, str(error), time.monotonic()))
             return
-        failpoints.hit("keeper.before_vote", prepare.version)
         with self._lock:
+            for buffer in self._pins.get(prepare.key, []):
+                buffer.encode()
             size = sum(store.size_for(prepare.parts) for _, store in lanes)
             self._note(encode_s=time.monotonic() - started_s, parity_bytes=size)
             self._do(self._participant.encoded(prepare, blocks, time.monotonic()))
@@ -354,6 +379,11 @@ class Protector:
         if self._plan is not None and _is_due(record.version, self._plan.persist_every):
             self._keep(record)
         self._note(committed=record.version, epoch=record.epoch)
+        if record.epoch >= self._first_epoch:
+            self._commits += 1
+            if self._commits == 2:
+                self._former = ()
+                self._let_go()
 
     def _keep(self, record: c.CommitRecord) -> None:
         """Mark the version for a durable checkpoint instead of the last one. While that is still being read, wait for
@@ -367,9 +397,12 @@ class Protector:
                     chosen.keep()
 
     def _drop(self, key: c.Key) -> None:
+        for buffer in self._pins.get(key, []):
+            buffer.encode(False)
         self._unpin(key)
-        for store in self._stores.values():
-            store.drop(key)
+        for stores in (self._stores, *self._former):
+            for store in stores.values():
+                store.drop(key)
 
     def _note(self, **changes: object) -> None:
         self._status = replace(self._status, **changes)  # type: ignore[arg-type]  # names of its fields
@@ -378,6 +411,9 @@ class Protector:
 
     def _make_stores(self, plan: ProtectionPlan) -> None:
         """One per rank of this node; those that fit stay, with what they hold."""
+        if plan.roster != self._roster:
+            self._former = (*self._former, self._stores) if self._stores else self._former
+            self._roster, self._first_epoch, self._commits, self._stores = plan.roster, plan.epoch, 0, {}
         known, self._stores = self._stores, {}
         for rank in plan.ranks[self._node]:
             lane, board = plan.lane_of(rank), self._arenas()[rank].board
@@ -386,8 +422,10 @@ class Protector:
             store = known.get(rank, fresh)
             self._stores[rank] = store if store.lane == lane else fresh
 
-    def _store_of(self, rank: int) -> ParityStore:
-        store = self._stores.get(rank)
+    def _store_of(self, rank: int, key: c.Key) -> ParityStore:
+        """That of the roster which the version belongs to; of the present one if nobody has it."""
+        stores = [stores[rank] for stores in (self._stores, *self._former) if rank in stores]
+        store = next((store for store in stores if key in store.keys), next(iter(stores), None))
         if store is None:
             raise SnapshotError(f"node {self._node} holds no parity for the lane of rank {rank}")
         return store
@@ -418,6 +456,10 @@ class _Reader:
 def _go_last() -> None:
     """Encoding must not take the processor from anybody. On Linux a thread has a niceness of its own."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _keys_of(store: ParityStore) -> set[c.Key]:
+    return set(store.keys)
 
 
 def _complete(arena: Arena) -> dict[int, Slot]:

@@ -17,8 +17,10 @@ __all__ = ["checkpoint_loaded", "checkpoint_refused", "inventory_taken", "refuse
 def take_inventory(run: Situation, now: float) -> None:
     """Every seat has an idle worker and every keeper answers."""
     run.stage, run.deadline_s = Stage.INVENTORY, now + run.recovery.start_timeout_s
+    run.absences.since_s.clear()
+    run.absences.refused = ""
     # Again, although the fault was fenced already: keepers that have been replaced since do not know.
-    run.act(m.Fence(run.epoch), m.TakeInventory(run.epoch, run.crew.members()))
+    run.act(m.Fence(run.epoch), m.TakeInventory(run.epoch, run.crew.members(), run.roster))
 
 
 def inventory_taken(run: Situation, message: m.InventoryTaken, now: float) -> None:
@@ -65,8 +67,9 @@ def _decide(run: Situation, now: float) -> None:
         decision = replace(decision, reason=f"{decision.reason}; another layout wrote it, each rank reads its part")
     if run.ledger.outage is not None or decision.source != FRESH:
         run.announce(_plan(run, decision))
-    if decision.recorded is not None:
-        found = decision.recorded
+    run.former = decision.former
+    found = decision.incomplete
+    if found is not None:
         _load(run, m.Rebuild(run.epoch, found.version, found.epoch, found.absent), found.version, now)
     elif decision.source == DISK and not is_direct:
         _load(run, m.LoadCheckpoint(run.epoch, decision.version), decision.version, now)
@@ -82,7 +85,8 @@ def _load(run: Situation, action: m.Action, version: int, now: float) -> None:
 
 
 def _plan(run: Situation, decision: Decision) -> RecoveryPlanned:
-    number = run.ledger.failures if run.ledger.outage is not None else 0  # 0: a resume, no fault
+    planned = 0 if run.watch is None else -1  # a resume, or a change of nodes: no fault
+    number = run.ledger.failures if run.ledger.outage is not None else planned
     return RecoveryPlanned(number, decision.source, decision.version, decision.reason, decision.rejected)
 
 
@@ -93,5 +97,5 @@ def _start_epoch(run: Situation, version: int, now: float, *, from_storage: bool
     for worker in run.crew.seated:
         worker.train(run.epoch, now)
     run.stage, run.deadline_s = Stage.RUN, math.inf
-    run.act(m.StartEpoch(run.epoch, members, version, from_storage))
+    run.act(m.StartEpoch(run.epoch, members, version, from_storage, run.former))
     run.announce(EpochStarted(run.epoch, len(members), version))

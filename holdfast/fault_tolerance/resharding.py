@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -11,12 +12,13 @@ from holdfast.errors import ManifestMismatch, ShardCorrupt
 from holdfast.fault_tolerance import checkpoint
 from holdfast.fault_tolerance.capture import byte_view
 from holdfast.fault_tolerance.coverage import Move, Source, cover
+from holdfast.fault_tolerance.held_shards import HeldPart, HeldShards
 from holdfast.fault_tolerance.manifest import Manifest, digest
 from holdfast.fault_tolerance.shards import Shards, StorageShards, read_slice
 from holdfast.fault_tolerance.storage import Storage
 from holdfast.types import RankState, StateSlice
 
-__all__ = ["Shards", "StorageShards", "StoredCheckpoint", "restore_resharded"]
+__all__ = ["HeldSnapshot", "Shards", "StorageShards", "StoredCheckpoint", "restore_resharded"]
 
 _RANDOM = "rng/"
 """Names of random states begin so; they belong to a rank, not to the model: ``rng/rank0/cpu``."""
@@ -31,13 +33,31 @@ class StoredCheckpoint:
     def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
         """See :func:`restore_resharded`."""
         shards = StorageShards(self._storage, checkpoint.directory(version))
-        for manifest in shards.manifests.values():
-            if manifest.config_digest != self._config_digest:
-                raise ManifestMismatch(
-                    f"version {version} of rank {manifest.rank} was taken of {manifest.config_digest}, "
-                    f"this is {self._config_digest}: another model, data or optimizer"
-                )
+        _refuse_foreign(shards, self._config_digest)
         return restore_resharded(shards, state)
+
+
+class HeldSnapshot:
+    """Reads what the ranks of another membership hold in the keepers' memory straight into the live state of this
+    rank."""
+
+    def __init__(self, parts: Mapping[int, HeldPart], token: str, *, config_digest: str) -> None:
+        self._parts, self._token, self._config_digest = parts, token, config_digest
+
+    def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
+        """See :func:`restore_resharded`."""
+        with closing(HeldShards(self._parts, version, self._token)) as shards:
+            _refuse_foreign(shards, self._config_digest)
+            return restore_resharded(shards, state)
+
+
+def _refuse_foreign(shards: Shards, config_digest: str) -> None:
+    for manifest in shards.manifests.values():
+        if manifest.config_digest != config_digest:
+            raise ManifestMismatch(
+                f"version {manifest.version} of rank {manifest.rank} was taken of {manifest.config_digest}, "
+                f"this is {config_digest}: another model, data or optimizer"
+            )
 
 
 def restore_resharded(shards: Shards, state: RankState) -> Mapping[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from holdfast.events import Event
@@ -11,12 +12,13 @@ from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import RecoveryConfig
 from holdfast.fault_tolerance.detector import Limits
 from holdfast.fault_tolerance.incidents import Ledger
+from holdfast.fault_tolerance.lanes import Recorded
 from holdfast.fault_tolerance.membership import Crew, Keepers, Layout, WorkerState
 from holdfast.fault_tolerance.progress import EpochWatch
 from holdfast.fault_tolerance.protection import ProtectionGauge
 from holdfast.fault_tolerance.sources import Sources
 
-__all__ = ["INTERRUPTED", "NOTHING_SAVED", "Situation", "Stage"]
+__all__ = ["INTERRUPTED", "NOTHING_SAVED", "Absences", "Situation", "Stage"]
 
 INTERRUPTED, NOTHING_SAVED = 75, 143
 """Exit codes of a stop: with finished steps to resume from, and without."""
@@ -30,8 +32,21 @@ class Stage(Enum):
     INVENTORY = 2
     LOAD = 3
     RUN = 4
-    STOP = 5
-    OVER = 6
+    GROW = 5
+    STOP = 6
+    OVER = 7
+
+
+@dataclass(slots=True)
+class Absences:
+    """Nodes that are waited for or done without, see :mod:`holdfast.fault_tolerance.elastic`."""
+
+    since_s: dict[int, float] = field(default_factory=dict)
+    """Since when a node of the roster has not been ready."""
+    retry_s: dict[int, float] = field(default_factory=dict)
+    """When what is missing on a node may be started again; at once where there is no entry."""
+    refused: str = ""
+    """Why the run cannot go on without the nodes that it waits for."""
 
 
 class Situation:
@@ -40,11 +55,13 @@ class Situation:
     def __init__(self, layout: Layout, recovery: RecoveryConfig, now: float) -> None:
         self.layout, self.recovery = layout, recovery
         self.limits = Limits(recovery.suspect_after_s, recovery.step_timeout_s)
-        self.crew = Crew(layout, recovery.start_timeout_s)
-        self.keepers = Keepers(layout.nodes, recovery.start_timeout_s)
+        self.roster = layout.roster(0, range(layout.nodes))
+        self.absences = Absences()
+        self.crew = Crew(layout, self.roster, recovery.start_timeout_s)
+        self.keepers = Keepers(self.roster, recovery.start_timeout_s)
         self.ledger = Ledger(max_failures=recovery.max_failures, max_no_progress=recovery.max_no_progress)
-        self.sources = Sources(layout.world, layout.lanes)
-        self.protection = ProtectionGauge(layout.spares, has_parity=any(lane.parity for lane in layout.lanes))
+        self.sources = Sources(self.roster)
+        self.protection = ProtectionGauge(layout.spares, self.roster)
         self.encoded_epoch = -1
         """The newest in which the keepers have committed a version, data and parity."""
         self.stage = Stage.NEW
@@ -57,6 +74,8 @@ class Situation:
         """The last signs of life told, by worker."""
         self.loading = -1
         """Step of the checkpoint that is being loaded."""
+        self.former: Recorded | None = None
+        """What the ranks will read from the memory of another roster, if that is where the next epoch starts from."""
         self.spares_lost = 0
         self.stop_reason = ""
         self.has_failed = False

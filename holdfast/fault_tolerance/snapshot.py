@@ -32,15 +32,19 @@ logger = logging.getLogger(__name__)
 class Snapshotter(Protocol):
     """Called in the training thread of one rank. Versions grow.
 
-    ``offer`` begins to capture the state and returns at once; False means that no buffer could be spared and the
-    version was skipped, which is no error. The live tensors may change only after ``fence``, which waits for the
-    copy and reports what became of the version. ``commit`` is called when all ranks hold the version; older ones may
-    go then. ``restore_into`` verifies every digest before it writes the first byte of live state, and returns the
-    scalars. ``close`` ends what runs; afterwards the live tensors may go.
+    ``has_room`` says whether a version could be taken, and keeps the room for the next offer; ranks that skip versions
+    should skip the same ones. ``offer`` begins to capture the state and returns at once; False means that no buffer
+    could be spared and the version was skipped, which is no error. The live tensors may change only after ``fence``,
+    which waits for the copy and reports what became of the version. ``commit`` is called when all ranks hold the
+    version; older ones may go then. ``restore_into`` verifies every digest before it writes the first byte of live
+    state, and returns the scalars; later versions are gone then. ``close`` ends what runs; afterwards the live tensors
+    may go.
 
     Raises: Abort once the rank's epoch is over; InsufficientShards, ShardCorrupt and ManifestMismatch from
     ``restore_into``.
     """
+
+    def has_room(self, version: int) -> bool: ...
 
     def offer(self, state: RankState, version: int) -> bool: ...
 
@@ -101,6 +105,8 @@ class ArenaSnapshotter:
         self._copier = Copier(f"snapshot-rank{rank}")
         self._copy: VersionCopy | None = None
         """The one that was begun last, until it is over and somebody has waited for it."""
+        self._room: Buffer | None = None
+        """Claimed for the next offer."""
         self._is_open = False
         """A version was offered, and nobody has waited at the fence since."""
         self.skipped = 0
@@ -108,18 +114,28 @@ class ArenaSnapshotter:
         self.failed = 0
         """Versions that were begun and did not become complete."""
 
+    def has_room(self, version: int) -> bool:
+        self._check_fence()
+        is_stuck = self._copy is not None and not self._copy.is_over  # given up at the fence, and still not gone
+        if self._room is not None and not self._room.claim(version, self._epoch):
+            self._room = None  # the keeper reads it, which is garbage: see to another one
+        if self._room is None and not is_stuck:
+            self._room = self._claim(version)
+        if self._room is not None and not is_stuck:
+            return True
+        self.skipped += 1
+        why = "the last copy is stuck" if is_stuck else "every buffer is still needed"
+        logger.warning("version %d is skipped: %s", version, why)
+        return False
+
     def offer(self, state: RankState, version: int) -> bool:
         failpoints.hit("snapshot.before_capture", version)
         self._check_fence()
         self._make_plan(state)
         scalars = json.loads(json.dumps(dict(state.scalars)))  # by value
-        is_busy = self._copy is not None and not self._copy.is_over  # given up at the fence, and still not gone
-        buffer = None if is_busy else self._claim(version)
-        if buffer is None:
-            self.skipped += 1
-            why = "the last copy is stuck" if is_busy else "every buffer is still needed"
-            logger.warning("version %d is skipped: %s", version, why)
+        if not self.has_room(version) or self._room is None:
             return False
+        buffer, self._room = self._room, None
         manifest = Manifest(version, self._epoch, self._rank, self._world, scalars, (), self._config_digest)
         pace = Pace(Control(), self._fence, self._max_bytes_per_s, low_priority=True)
         self._copy, self._is_open = VersionCopy(self._plan, buffer, manifest, pace), True
@@ -137,7 +153,7 @@ class ArenaSnapshotter:
             self.failed += 1
         if copy.is_over:
             self._copy = None
-        return CopyReport(copy.version, copy.is_complete, waited_s, copy.copy_s)
+        return CopyReport(copy.version, copy.is_complete, waited_s, copy.copy_s, copy.why_not)
 
     def _wait_for(self, copy: VersionCopy) -> float:
         started_s = time.perf_counter()
@@ -180,8 +196,13 @@ class ArenaSnapshotter:
         held = find_version(self._arena, version)
         self._refuse_foreign(held.manifest)
         _restore(held.data, held.manifest, state)
-        # Everybody starts from here. The version before stays, as another rank may find its copy damaged.
-        held.buffer.commit()
+        for index, slot in enumerate(self._arena.slots()):
+            if slot.is_complete and slot.version > version:  # a future that never comes
+                self._arena.buffer(index).release()
+        # Everybody starts from here. The version before stays, as another rank may find its copy damaged; where keepers
+        # protect versions, until they have encoded this one.
+        if not self._arena.board.is_protected:
+            held.buffer.commit()
         self._arena.board.note_committed(version)
         return held.manifest.scalars
 
@@ -254,6 +275,10 @@ class MemorySnapshotter:
         self._held: dict[int, tuple[Bytes, bytes]] = {}
         self._offered = -1
         self.newest_committed = -1
+
+    def has_room(self, version: int) -> bool:
+        """As long as there is memory."""
+        return True
 
     @property
     def versions(self) -> list[int]:

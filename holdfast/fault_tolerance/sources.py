@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.fault_tolerance.lanes import Lane
+from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.messages import HeldVersion, InventoryTaken
 from holdfast.fault_tolerance.policy import DISK, Decision, View, decide
 
@@ -12,14 +12,19 @@ __all__ = ["Sources"]
 class Sources:
     """Gathers evidence for and against every source; ``decide`` turns it into a decision."""
 
-    def __init__(self, world: int, lanes: tuple[Lane, ...] = ()) -> None:
-        self._world, self._lanes = world, lanes
+    def __init__(self, roster: Roster) -> None:
+        self._roster, self._rosters = roster, {roster.number: roster}
         self._inventory = InventoryTaken(-1, {})
         self._decision: Decision | None = None
         self._damaged: set[tuple[int, HeldVersion]] = set()
         self._refused: dict[int, str] = {}
         self._spoilt: dict[tuple[int, int], str] = {}
         self._rejected: dict[str, None] = {}  # an ordered set
+
+    def move_to(self, roster: Roster) -> None:
+        """Other nodes take part from now on. What was known of memory is known of the ranks before."""
+        self._roster = self._rosters[roster.number] = roster
+        self._damaged.clear()
 
     def take(self, inventory: InventoryTaken) -> None:
         """A newer inventory replaces the last one; a checkpoint once seen unusable is never forgotten."""
@@ -31,14 +36,15 @@ class Sources:
         decision = self._decision
         if decision is None or decision.version != version:
             return
-        if self.is_direct(decision) or decision.recorded is not None:
+        if self.is_direct(decision) or decision.recorded is not None or decision.former is not None:
             self.refuse(version, reason)
         elif decision.writer_epoch is not None:
-            self._damaged.add((rank, HeldVersion(version, decision.writer_epoch, self._world)))
+            self._damaged.add((rank, HeldVersion(version, decision.writer_epoch, self._roster.world)))
 
     def refuse(self, step: int, reason: str) -> None:
         """The durable checkpoint of ``step`` could not be loaded, or the version not be rebuilt."""
-        recorded = None if self._decision is None else self._decision.recorded
+        decision = self._decision
+        recorded = None if decision is None else decision.recorded or decision.former
         if recorded is None:
             self._refused[step] = reason
         else:
@@ -50,18 +56,20 @@ class Sources:
 
     def newest_written_in(self, epoch: int) -> int:
         """Newest version that any rank completed in ``epoch``; -1 if there is none."""
-        held = (h for copies in self._inventory.held.values() for h in copies)
-        return max((h.version for h in held if h.epoch == epoch), default=-1)
+        found = [(h.version, h.epoch) for copies in self._inventory.held.values() for h in copies]
+        found += [(former.version, former.epoch) for former in self._inventory.former]
+        return max((version for version, writer in found if writer == epoch), default=-1)
 
     def decide(self) -> Decision:
         """The best source left."""
         inventory = self._inventory
         self._decision = decide(
             View(
-                world=self._world,
+                roster=self._roster,
                 held={r: [h for h in held if (r, h) not in self._damaged] for r, held in inventory.held.items()},
                 recorded=inventory.recorded,
-                lanes=self._lanes,
+                former=inventory.former,
+                rosters=self._rosters,
                 spoilt=self._spoilt,
                 durable=inventory.durable,
                 refused=self._refused,

@@ -237,10 +237,7 @@ def using(isa: str | None) -> Iterator[None]:
 
 def isas() -> list[str]:
     """Instruction sets that both the library and this processor have, from slow to fast; none without the library."""
-    library = _loaded()
-    if isinstance(library, str):
-        return []
-    return [name for number, name in enumerate(_ISAS) if library.holdfast_is_supported(number)]
+    return NATIVE.usable(_loaded())
 
 
 class _Steering(ctypes.Structure):

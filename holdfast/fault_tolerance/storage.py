@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from holdfast.errors import ConfigurationError, InvariantViolation, SnapshotError
+from holdfast.fault_tolerance.impairment import Impaired
 from holdfast.fault_tolerance.storage_uri import parse_uri
 from holdfast.fault_tolerance.throttle import Throttle
 
@@ -95,11 +96,12 @@ def open_storage(uri: str, throttle: Throttle | None = None) -> Storage:
     that cannot be reached.
     """
     parsed = parse_uri(uri)
+    paced = Impaired(throttle or Throttle())
     if not parsed.scheme:
-        return DirectoryStorage(parsed.path, throttle)
+        return DirectoryStorage(parsed.path, paced)
     from holdfast.fault_tolerance.object_storage import open_remote  # pyarrow.fs, for those who need it
 
-    return open_remote(uri, throttle or Throttle())
+    return open_remote(uri, paced)
 
 
 class DirectoryStorage:

@@ -35,14 +35,17 @@ def arm(
     ledger: Ledger,
     own: Mapping[Action, Act] | None = None,
 ) -> None:
-    """Let this process, which is ``target`` ``number``, suffer its part of the schedule. Replaces hooks at the same
-    places. ``own`` are actions that only this kind of process can carry out."""
+    """Let this process, which is ``target`` ``number``, suffer its part of the schedule, and nothing else that was
+    armed. ``own`` are actions that only this kind of process can carry out."""
     mine: dict[str, list[ChaosFault]] = {}
     for fault in faults:
         if fault.target is target and fault.at and (fault.rate is not None or fault.number == number):
             mine.setdefault(fault.at, []).append(fault)
-    for name, entries in mine.items():
-        failpoints.arm(name, _hook(entries, number, ledger, own or {}))
+    for name in failpoints.NAMES:
+        if name in mine:
+            failpoints.arm(name, _hook(mine[name], number, ledger, own or {}))
+        else:
+            failpoints.disarm(name)
 
 
 def strike(fault: ChaosFault, own: Mapping[Action, Act]) -> None:

@@ -9,25 +9,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
 from urllib.parse import urlsplit
 
-from holdfast import knobs
 from holdfast.errors import ConfigurationError, SnapshotError
 from holdfast.fault_tolerance import checkpoint
 from holdfast.fault_tolerance.manifest import digest
 from holdfast.fault_tolerance.shards import StorageShards, manifest_of
 from holdfast.fault_tolerance.storage import Storage, open_storage
 from holdfast.fault_tolerance.storage_uri import below
+from holdfast.launch.arguments import Parser, add_root
 from holdfast.launch.checkpoint_export import export_checkpoint
+from holdfast.launch.find_run import find_run
+from holdfast.launch.records import read_yaml
 from holdfast.launch.run_dir import RunDir
-from holdfast.launch.wording import clean, size
+from holdfast.launch.wording import clean, size, table
 
 __all__ = ["checkpoint_command"]
 
 _DAMAGED = 1
-_NAMED = 5
-"""Runs that an error message names."""
 _REDRAW_S = 0.2
 
 
@@ -45,13 +44,8 @@ def checkpoint_command(words: Sequence[str]) -> int:
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="holdfast checkpoint",
         allow_abbrev=False,
         description="Looks at the durable checkpoints of a run, whatever ranks wrote them. Changes nothing in them, so "
@@ -69,11 +63,11 @@ def _parser() -> _Parser:
 
 
 def _action(
-    actions: argparse._SubParsersAction[_Parser],
+    actions: argparse._SubParsersAction[Parser],
     name: str,
     does: Callable[[_Place, argparse.Namespace], int],
     what: str,
-) -> _Parser:
+) -> Parser:
     parser = actions.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
     parser.set_defaults(action=does)
     parser.add_argument(
@@ -82,7 +76,7 @@ def _action(
         metavar="RUN",
         help="id or directory of a run, or the URI of its checkpoints; the newest run if left out",
     )
-    parser.add_argument("--root", metavar="DIR", help="where runs are, if not in HOLDFAST_HOME or ~/holdfast-runs")
+    add_root(parser)
     return parser
 
 
@@ -115,47 +109,15 @@ def _place(name: str | None, root: str | None) -> _Place:
     path = Path(name).expanduser().absolute() if name is not None else Path()
     if name is not None and not (path / "run.json").is_file() and any(path.glob("*step-*")):
         return _Place("directory", str(path), open_storage(str(path)))
-    run = _run(name, root)
+    run = find_run(name, root)
     uri = _checkpoints_uri(run)
     return _Place(f"run {run.run_id}", uri, open_storage(uri))
 
 
 def _checkpoints_uri(run: RunDir) -> str:
     """In the run directory, unless the configuration of the newest attempt names another storage."""
-    path, section = run.path / "config.yaml", ""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        key, _, value = line.strip().partition(":")
-        if not line.startswith(" "):
-            section = key
-        elif (section, key) == ("snapshot", "storage") and value.strip() != '""':
-            return below(json.loads(value), run.path.parent.name, run.run_id)  # written as JSON, see records.to_yaml
-    return str(run.checkpoints)
-
-
-def _run(name: str | None, root: str | None) -> RunDir:
-    """A run directory by its path, by its id in any project below the root, or the one that was begun last."""
-    path = Path(name or "").expanduser().absolute()
-    if name is not None and (path / "run.json").is_file():
-        return RunDir.open(str(path.parent.parent), path.parent.name, path.name)
-    runs = Path(root).expanduser().absolute() if root else knobs.home()
-    newest_first = sorted((record.parent for record in runs.glob("*/*/run.json")), key=_age, reverse=True)
-    same = [run for run in newest_first if name in (None, run.name)]
-    if not same:
-        there = ", ".join(run.name for run in newest_first[:_NAMED])
-        wanted = "a run" if name is None else f"run {name!r}, by its id or by its directory,"
-        raise ConfigurationError(
-            f"{wanted} was not found below {runs}; " + (f"the newest there are {there}" if there else "there is none")
-        )
-    if name is not None and len(same) > 1:
-        raise ConfigurationError(f"run {name} exists in several projects; give one: {', '.join(map(str, same))}")
-    return RunDir.open(str(runs), same[0].parent.name, same[0].name)
-
-
-def _age(run: Path) -> tuple[float, str]:
-    try:
-        return float(RunDir(run).record()["created"]), run.name
-    except (ConfigurationError, KeyError, TypeError, ValueError):
-        return 0.0, run.name
+    storage = read_yaml(run.config_file).get("snapshot.storage")
+    return below(str(storage), run.path.parent.name, run.run_id) if storage else str(run.checkpoints)
 
 
 # -- list -------------------------------------------------------------------------------------------------------------
@@ -182,7 +144,8 @@ def _list(place: _Place, args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     elif rows:
-        sys.stdout.write(f"{clean(place.name)}, in {clean(place.uri)}\n" + _table([_cells(row) for row in rows]))
+        lines = [f"{clean(place.name)}, in {clean(place.uri)}", *table([_HEADER, *map(_cells, rows)])]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
     else:
         sys.stdout.write(f"{clean(place.name)} has no checkpoints in {clean(place.uri)}\n")
     return 0
@@ -225,13 +188,6 @@ def _cells(row: _Row) -> Sequence[str]:
         row.writer or "-",
         f"{row.state}: {row.reason} ({row.name})" if row.reason else row.state,
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    cells = [[clean(cell) for cell in row] for row in [_HEADER, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 # -- verify -----------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from holdfast import __version__
 from holdfast.errors import ConfigurationError, RecoveryFailed
+from holdfast.launch.arguments import Parser
 
 if TYPE_CHECKING:  # --help and --version load neither Hydra nor what trains
     from holdfast.configs.schema import RunConfig
@@ -94,29 +95,27 @@ def _no_command(word: str) -> str:
 
 
 def _complete(words: Sequence[str]) -> int:
-    """Answer the shell, which puts the line typed so far into COMP_LINE; Hydra completes what follows the command."""
+    """Answer the shell, which puts the line typed so far into COMP_LINE. Hydra completes what follows ``train``; behind
+    other commands nothing is offered, so that the shell completes names of files."""
     from holdfast.launch import compose
 
     line = os.environ.get("COMP_LINE")
     if line is not None:
-        typed = re.fullmatch(r"(\S+)\s+\S+(\s.*)", line)
+        typed = re.fullmatch(r"(\S+)\s+(\S+)(\s.*)", line)
         if typed is None:
             sys.stdout.write(" ".join(_COMMANDS) + "\n")
             return 0
-        os.environ["COMP_LINE"] = typed[1] + typed[2]
+        if typed[2] != "train":
+            return 0
+        os.environ["COMP_LINE"] = typed[1] + typed[3]
     return compose.hand_over(words)
 
 
 # -- holdfast train ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="holdfast train", add_help=False, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog="holdfast train", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
@@ -232,6 +231,12 @@ def _checkpoint(words: Sequence[str]) -> int:
     return checkpoint_command(words)
 
 
+def _inject(words: Sequence[str]) -> int:
+    from holdfast.launch.inject_command import inject
+
+    return inject(words)
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
     does: str
@@ -242,4 +247,5 @@ _COMMANDS: Mapping[str, _Command] = {
     "train": _Command("train a language model: GROUP=OPTION and KEY=VALUE say how", _train),
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
+    "inject": _Command("break something in a run that is going on, to see it recover", _inject),
 }

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from holdfast.clock import Clock
 from holdfast.configs.schema import RunConfig
-from holdfast.events import Evaluated, EventSink
-from holdfast.fault_tolerance import chaos
+from holdfast.errors import SnapshotError
+from holdfast.events import Evaluated, Event, EventSink, ProtectionFailed, SnapshotFailed, StepLeftOut
+from holdfast.fault_tolerance import chaos, strikes
 from holdfast.fault_tolerance import messages as m
+from holdfast.fault_tolerance.damage import damage_checkpoint
+from holdfast.fault_tolerance.impairment import STORAGE
+from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
 from holdfast.fault_tolerance.policy import DO_NOT_RESTART
+from holdfast.fault_tolerance.storage import open_storage
+from holdfast.launch import identity
 from holdfast.launch.calls import LOST, Calls, Gathered
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
+from holdfast.launch.injection import Injector
 from holdfast.launch.protection import Protection
 from holdfast.launch.protocol import EpochPlan
 from holdfast.launch.pulse import Pulse
@@ -58,6 +65,8 @@ class Verdict:
     """What rank 0 concluded: bits per byte, generated text, weights or why there are none."""
     saved: int | None = None
     """Step of the newest checkpoint on disk, -1 for none; None if nobody has looked."""
+    nodes: tuple[int, ...] = ()
+    """Those that took part last; none if nothing had started."""
 
 
 def _worker(number: int) -> Address:
@@ -91,12 +100,8 @@ class Conductor:
         self._pulse = Pulse(
             self._calls, interval_s=_PULSE_S, silence_s=config.recovery.suspect_after_s, on_step=on_step
         )
-        self._protection = Protection(
-            layout.lanes,
-            nodes=config.launch.nodes,
-            workers_per_node=config.launch.workers_per_node,
-            persist_every=config.snapshot.persist_every_steps,
-        )
+        everybody = layout.roster(0, range(layout.nodes))
+        self._protection = Protection(everybody, persist_every=config.snapshot.persist_every_steps)
         self._keepers: set[int] = set()
         self._keeper_starts: dict[int, int] = {}
         """The call that started a node's keeper, unless that keeper has gone."""
@@ -104,14 +109,15 @@ class Conductor:
         self._result: dict[str, object] = {}
         self._verdict: m.Finish | None = None
         self._stop_reason: str | None = None
+        self._hosts = list(layout.hosts)
         self._living: dict[int, tuple[int, int]] = {}
         """Node and pid of every worker that has been ready and is not known to have gone."""
         self._killed: set[Address] = set()
         """Since the last look at what the fleet reports."""
         self._drain_due_s = 0.0
         self._listened_s = clock.now()
-        faults = chaos.parse_all(config.chaos.faults)
-        self._keeper_faults = [fault for fault in faults if fault.target is chaos.Target.KEEPER]
+        self._injector = Injector(config, run_dir, events)
+        STORAGE.heal()  # of what an earlier run of this process has suffered
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -144,11 +150,14 @@ class Conductor:
             steps_lost=self._supervisor.steps_lost,
             findings=self._result,
             saved=saved,
+            nodes=self._supervisor.nodes,
         )
 
     def _turn(self) -> None:
         self._killed.clear()
-        for report in self._fleet.poll(_POLL_S):
+        reports = self._fleet.poll(_POLL_S)
+        self._follow_moves()  # first: who replaces the lost has to be on the new host
+        for report in reports:
             if report.target in self._killed:
                 continue  # old news, which must not be taken for news of the keeper that has its place by now
             if isinstance(report, Lost):
@@ -161,6 +170,12 @@ class Conductor:
         self._pulse.ask(self._keepers, now)
         while self._pulse.silent:
             self._keeper_silent(*self._pulse.silent.pop(0))
+
+    def _follow_moves(self) -> None:
+        for node, host in enumerate(self._fleet.hosts(self._config.launch.nodes)):
+            if host != self._hosts[node]:
+                self._hosts[node] = host
+                self._tell(m.NodeMoved(node, host))
 
     def _forgive_own_sleep(self, now: float) -> None:
         """Suspended with the whole run, or held up by its output: the answers are still on their way."""
@@ -176,18 +191,21 @@ class Conductor:
         beats = self._pulse.beats_at(self._clock.now())
         self._tell(m.Beats({w: beats[r] for r, w in self._workers_of_ranks.items() if r in beats}))
         self._tell(m.Tick())
+        while self._pulse.unprotected:
+            self._events.emit(ProtectionFailed(*self._pulse.unprotected.pop(0)))
         for epoch, version in self._pulse.committed():
             self._tell(m.Protected(epoch, version))
         now = self._clock.now()
         if self._supervisor.state is State.RUNNING:  # a recovery needs the storage, and may turn against the version
             end = now + self._config.recovery.step_timeout_s
             self._durable.persist_if_due(self._pulse.versions, self._calls, self._keeper_of, deadline_s=end)
-            self._strike_keepers()
+            self._inject()
+        self._hear_of_injections(now)
         self._drain_if_due(now)
 
     def _drain_if_due(self, now: float) -> None:
         """Fetch what has happened at rank 0 besides steps."""
-        if self._config.trainer.eval_every and 0 in self._workers_of_ranks and now >= self._drain_due_s:
+        if 0 in self._workers_of_ranks and now >= self._drain_due_s:
             self._drain_due_s = now + _DRAIN_S
             self._calls.ask(_worker(self._workers_of_ranks[0]), "drain", then=self._drained)
 
@@ -196,15 +214,8 @@ class Conductor:
 
     def _note(self, notes: Sequence[Mapping[str, Any]]) -> None:
         for note in notes:
-            self._events.emit(Evaluated(**note))
-
-    def _strike_keepers(self) -> None:
-        """What ``chaos.faults`` has in store for keepers; workers see to their own part."""
-        step = max((beat.step for beat in self._pulse.beats.values()), default=-1)
-        due = [fault for fault in self._keeper_faults if fault.step <= step]
-        self._keeper_faults = [fault for fault in self._keeper_faults if fault not in due]
-        for fault in due:
-            self._keeper_silent(fault.number, f"killed by chaos.faults ({fault})")
+            fields = dict(note)
+            self._events.emit(_NOTES[fields.pop("event")](**fields))
 
     def _kill(self, target: Address) -> None:
         self._killed.add(target)
@@ -224,6 +235,7 @@ class Conductor:
     # -- processes ------------------------------------------------------------------------------------------------
 
     def _lost(self, lost: Lost) -> None:
+        self._injector.report(self._clock.now(), is_urgent=True)  # the cause comes before its effect
         if lost.target.role is Role.KEEPER:
             self._keeper_gone(lost.target.number, lost.cause)
         else:
@@ -247,17 +259,19 @@ class Conductor:
         self._kill(_keeper(node))
         self._calls.forget(_keeper(node), cause.splitlines()[0])
         self._pulse.silent = [(silent, error) for silent, error in self._pulse.silent if silent != node]
-        for rank in self._ranks_of(node):
+        for rank in self._roster.ranks_of(node):
             self._pulse.forget_rank(rank)
-        self._durable.abandon()
+        if node in self._roster.nodes:
+            self._durable.abandon()
         self._tell(m.KeeperLost(node, cause))
 
-    def _ranks_of(self, node: int) -> range:
-        per_node = self._config.launch.workers_per_node
-        return range(node * per_node, (node + 1) * per_node)
+    @property
+    def _roster(self) -> Roster:
+        """The nodes whose ranks the keepers have admitted last."""
+        return self._protection.roster
 
     def _keeper_of(self, rank: int) -> Address:
-        return _keeper(rank // self._config.launch.workers_per_node)
+        return _keeper(self._roster.node_of(rank))
 
     def _start_worker(self, action: m.StartWorker) -> None:
         target = _worker(action.worker)
@@ -285,6 +299,7 @@ class Conductor:
             if answer.error is None:
                 self._protection.reached_at(action.node, cast(Mapping[str, Any], answer.result)["address"])
                 self._keepers.add(action.node)
+                self._arm_keeper(action.node)
                 self._tell(m.KeeperReady(action.node))
             else:
                 self._keeper_gone(action.node, answer.error)
@@ -316,6 +331,7 @@ class Conductor:
 
     def _take_inventory(self, action: m.TakeInventory) -> None:
         """Admit every rank at its keeper, attach its worker, then ask the keepers what they hold."""
+        self._move_to(action.roster)
         self._workers_of_ranks = {member.rank: member.worker for member in action.members}
         members = {member.rank: member for member in action.members}
         refs: dict[int, object] = {}
@@ -333,31 +349,55 @@ class Conductor:
 
         def attach() -> None:
             self._calls.gather(
-                {_worker(mb.worker): ("attach", [mb.rank, refs[mb.rank]]) for mb in action.members},
+                {
+                    _worker(mb.worker): ("attach", [mb.rank, refs[mb.rank], action.roster.number])
+                    for mb in action.members
+                },
                 then=lambda _: self._ask_what_is_held(action.epoch),
                 failed=self._failed,
                 deadline_s=self._deadline(),
             )
+            self._arm_workers()
 
         for member in action.members:
             self._calls.ask(
-                _keeper(member.node), "admit", member.rank, then=admitted(member.rank), deadline_s=self._deadline()
+                _keeper(member.node),
+                "admit",
+                member.rank,
+                action.roster.number,
+                then=admitted(member.rank),
+                deadline_s=self._deadline(),
             )
+
+    def _move_to(self, roster: Roster) -> None:
+        """From now on a rank's number means the one that has it in this roster."""
+        if roster.number != self._roster.number:
+            self._protection.move_to(roster)
+            self._pulse.move_to(roster.number)
+            zero_stage = self._config.parallel.zero_stage
+            self._durable.move_to(roster.world, identity.layout(world=roster.world, zero_stage=zero_stage))
 
     def _ask_what_is_held(self, epoch: int) -> None:
         def then(answers: Gathered) -> None:
             inventories = {keeper.number: cast(Mapping[str, Any], answer) for keeper, answer in answers.items()}
-            held, recorded = self._protection.held(inventories), self._protection.recorded(inventories)
+            self._protection.take(inventories)
+            held, recorded = self._protection.held(), self._protection.recorded()
             durable, rejected = self._durable.survey()
-            self._tell(m.InventoryTaken(epoch, held, durable, rejected, recorded, self._durable.foreign))
+            former = self._protection.former()
+            self._tell(m.InventoryTaken(epoch, held, durable, rejected, recorded, self._durable.foreign, former))
 
-        self._ask_keepers("inventory", epoch, then=then, failed=self._failed)
+        self._ask_keepers(self._keepers, "inventory", epoch, then=then, failed=self._failed)
 
     def _ask_keepers(
-        self, method: str, *args: object, then: Callable[[Gathered], None], failed: Callable[[Completion], None]
+        self,
+        nodes: Collection[int],
+        method: str,
+        *args: object,
+        then: Callable[[Gathered], None],
+        failed: Callable[[Completion], None],
     ) -> None:
         self._calls.gather(
-            {_keeper(node): (method, args) for node in sorted(self._keepers)},
+            {_keeper(node): (method, args) for node in sorted(nodes)},
             then=then,
             failed=failed,
             deadline_s=self._deadline(),
@@ -377,7 +417,7 @@ class Conductor:
         self._calls.tell(self._keeper_of(action.rank), "quarantine", action.rank, action.version)
 
     def _load_checkpoint(self, action: m.LoadCheckpoint) -> None:
-        ranks = range(self._config.launch.nodes * self._config.launch.workers_per_node)
+        ranks = range(self._roster.world)
         self._durable.load(
             action.step,
             {rank: self._keeper_of(rank) for rank in ranks},
@@ -404,22 +444,26 @@ class Conductor:
 
         end = self._clock.now() + self._config.recovery.step_timeout_s
         asks = self._protection.rebuild(action.epoch, action.version, action.record_epoch, action.ranks)
-        for rank, arguments in asks:
-            self._calls.ask(self._keeper_of(rank), "rebuild", *arguments, then=then(rank), deadline_s=end)
+        for rank, node, arguments in asks:
+            self._calls.ask(_keeper(node), "rebuild", *arguments, then=then(rank), deadline_s=end)
 
     def _start_epoch(self, action: m.StartEpoch) -> None:
-        # Those of earlier steps have happened in an earlier attempt.
-        self._keeper_faults = [fault for fault in self._keeper_faults if fault.step >= action.version]
+        self._injector.begin(action.version)
         rendezvous = self._run_dir / "rendezvous"
         rendezvous.mkdir(exist_ok=True)
         for old in rendezvous.iterdir():
             old.unlink(missing_ok=True)
         path = str(rendezvous / f"epoch-{action.epoch}")
         checkpoints = self._durable.uri if action.from_storage else ""
+        parts = self._protection.parts(action.former) if action.former is not None else {}
+        held = {str(rank): asdict(part) for rank, part in parts.items()}
+        token = str(self._specs.keeper["token"]) if held else ""
 
         def begin() -> None:
             for member in action.members:
-                plan = EpochPlan(action.epoch, member.rank, len(action.members), action.version, path, checkpoints)
+                plan = EpochPlan(
+                    action.epoch, member.rank, len(action.members), action.version, path, checkpoints, held, token
+                )
                 self._calls.ask(_worker(member.worker), "run_epoch", asdict(plan), then=self._parked(member, plan))
 
         def failed(answer: Completion) -> None:
@@ -428,9 +472,12 @@ class Conductor:
 
         def protect() -> None:
             arguments = self._protection.start(action.epoch, action.version)
-            self._ask_keepers("begin", *arguments, then=lambda _: begin(), failed=failed)
+            self._ask_keepers(self._roster.nodes, "begin", *arguments, then=lambda _: begin(), failed=failed)
 
-        self._ask_keepers("forget_above", action.version, then=lambda _: protect(), failed=failed)
+        for node in self._keepers - set(self._roster.nodes):
+            self._calls.tell(_keeper(node), "forget_above", action.version)
+        nodes = self._roster.nodes
+        self._ask_keepers(nodes, "forget_above", action.version, then=lambda _: protect(), failed=failed)
 
     def _parked(self, member: m.Member, plan: EpochPlan) -> Callable[[Completion], None]:
         def then(answer: Completion) -> None:
@@ -449,6 +496,64 @@ class Conductor:
 
         return then
 
+    # -- faults on purpose ----------------------------------------------------------------------------------------
+
+    def _inject(self) -> None:
+        """What is due and nobody but the driver can do."""
+        for fault in self._injector.due(self._newest_step(), has_checkpoint=self._durable.newest_step >= 0):
+            self._injector.report(self._clock.now(), is_urgent=True)  # some do not return
+            self._strike(fault)
+
+    def _strike(self, fault: chaos.ChaosFault) -> None:
+        if fault.action is chaos.Action.KEEPER_SIGKILL:
+            self._keeper_silent(fault.number, f"killed by {fault.source.partition(':')[0]} ({fault})")
+        elif fault.target is chaos.Target.DRIVER:
+            strikes.strike(fault, {})
+        elif fault.target is chaos.Target.CHECKPOINT:
+            self._damage_checkpoint(fault)
+        else:
+            self._strike_keepers(fault)
+
+    def _strike_keepers(self, fault: chaos.ChaosFault) -> None:
+        """What happens in the keeper of a node, in that of a rank, or in all keepers and here."""
+        is_rank = fault.target is chaos.Target.WORKER
+        if is_rank and fault.number >= self._roster.world:
+            logger.warning("chaos: %s, but there are only %d ranks now", fault, self._roster.world)
+            return
+        node = self._keeper_of(fault.number).number if is_rank else fault.number
+        pids = [pid for home, pid in self._living.values() if home == node]
+        for keeper in sorted(self._keepers) if node == chaos.ALL else [node]:
+            self._calls.tell(_keeper(keeper), "strike", str(fault), pids)
+        if node == chaos.ALL and fault.target is chaos.Target.STORAGE:
+            strikes.strike(fault, dict.fromkeys((chaos.Action.DISK_FULL, chaos.Action.SLOW_DISK), STORAGE.suffer))
+
+    def _damage_checkpoint(self, fault: chaos.ChaosFault) -> None:
+        try:
+            path = damage_checkpoint(open_storage(self._durable.uri), fault)
+            logger.warning("chaos: %s, %s", fault, path or "but there is no checkpoint")
+        except SnapshotError as error:
+            logger.warning("chaos: %s: %s", fault, error)
+
+    def _hear_of_injections(self, now: float) -> None:
+        if self._injector.listen(now, self._newest_step()):
+            self._arm_workers()
+            for node in self._keepers:
+                self._arm_keeper(node)
+        self._injector.report(now)
+
+    def _arm_workers(self) -> None:
+        entries = self._injector.for_workers()
+        for worker in set(self._workers_of_ranks.values()) if entries else ():
+            self._calls.tell(_worker(worker), "inject", entries)
+
+    def _arm_keeper(self, node: int) -> None:
+        entries = self._injector.for_keepers()
+        if entries:
+            self._calls.tell(_keeper(node), "arm", self._injector.ledger_folder, entries)
+
+    def _newest_step(self) -> int:
+        return max((beat.step for beat in self._pulse.beats.values()), default=-1)
+
     # -- the end --------------------------------------------------------------------------------------------------
 
     def _announce(self, action: m.Announce) -> None:
@@ -461,8 +566,9 @@ class Conductor:
         """Bring the newest version that every rank holds to disk, then let the workers go."""
         self._hear_last_steps()
         is_trusted = verdict.exit_code != DO_NOT_RESTART
-        if is_trusted and len(self._keepers) == self._config.launch.nodes:
+        if is_trusted and self._keepers.issuperset(self._roster.nodes):
             self._save(is_urgent=verdict.outcome == "stopped")
+        self._injector.close(self._clock.now())
         for worker in set(self._workers_of_ranks.values()):
             self._fleet.release(_worker(worker))
 
@@ -478,7 +584,7 @@ class Conductor:
         """Whoever asked the run to stop does not wait long; nor does one who asks only now."""
         recovery, began_s = self._config.recovery, self._clock.now()
         end = began_s + (recovery.stop_grace_s if is_urgent else recovery.step_timeout_s)
-        self._durable.persist_newest(self._calls, self._keepers, self._keeper_of, deadline_s=end)
+        self._durable.persist_newest(self._calls, self._roster.nodes, self._keeper_of, deadline_s=end)
         while not self._durable.is_idle:
             self._turn()
             if self._stop_reason is not None and not is_urgent:
@@ -486,6 +592,13 @@ class Conductor:
             if self._clock.now() > end:
                 self._durable.give_up(f"not written after {self._clock.now() - began_s:.1f} s")
 
+
+_NOTES: Mapping[str, Callable[..., Event]] = {
+    "evaluated": Evaluated,
+    "snapshot_failed": SnapshotFailed,
+    "step_left_out": StepLeftOut,
+}
+"""What workers tell besides steps."""
 
 _HANDLERS: Mapping[type[m.Action], Callable[[Conductor, Any], None]] = {
     m.StartWorker: Conductor._start_worker,

@@ -85,6 +85,10 @@ class DurableTier:
         """Good checkpoints that were written in another layout, or in one that nobody has noted, newest first."""
         return tuple(sorted(self._good & self._foreign, reverse=True))
 
+    def move_to(self, world: int, layout: str) -> None:
+        """The state is divided among other ranks from now on."""
+        self._world, self._layout = world, layout
+
     # -- reading --------------------------------------------------------------------------------------------------
 
     def survey(self) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -59,7 +59,7 @@ class Fleet(Protocol):
     """
 
     def hosts(self, nodes: int) -> Sequence[str]:
-        """Name of the machine under each (virtual) node."""
+        """Name of the machine under each (virtual) node; changes when a node moves, before its losses are reported."""
         ...
 
     def zones(self, nodes: int) -> Sequence[str]:

@@ -36,6 +36,8 @@ FREE_KEYS: Mapping[str, str] = {
     "resume": "how this start looks for the run",
     "trainer.max_steps": "a finished run may be given a farther goal",
     "trainer.log_every": "what is shown",
+    "trainer.nonfinite": "what happens to steps that cannot be made",
+    "trainer.max_nonfinite": "what happens to steps that cannot be made",
     "trainer.eval_every": "evaluation changes no state",
     "trainer.eval_windows": "evaluation changes no state",
     "trainer.generate_bytes": "what is shown",

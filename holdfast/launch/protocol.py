@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from holdfast.errors import ConfigurationError
 
 __all__ = ["CONTROL_METHODS", "STORAGE_METHODS", "EpochPlan", "describe_error"]
 
 CONTROL_METHODS = frozenset(
-    {"abort", "stop", "drain", "kill", "pulse", "fence", "admit", "inventory", "forget_above", "begin", "quarantine"}
+    {"abort", "stop", "drain", "inject", "kill", "pulse", "fence", "admit", "inventory", "forget_above", "begin"}
+    | {"quarantine", "arm", "strike"}
 )
 """Calls that must not wait behind a long one: an epoch that runs, a checkpoint that is written."""
 STORAGE_METHODS = frozenset({"persist"})
@@ -29,7 +31,12 @@ class EpochPlan:
     rendezvous: str
     """Path of a file that no earlier epoch has used, on storage all ranks share."""
     checkpoints: str = ""
-    """Storage from which to read the durable checkpoint of ``version``; empty when the rank's arena holds it."""
+    """Storage from which to read the durable checkpoint of ``version``; empty when memory holds it."""
+    held: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Where ranks of another roster have left ``version``: fields of a ``HeldPart`` by rank; empty when the rank's own
+    arena holds it."""
+    token: str = ""
+    """By which the keepers that are asked for it know who may ask."""
 
 
 def describe_error(error: BaseException) -> str:

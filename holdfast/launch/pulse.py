@@ -13,6 +13,9 @@ from holdfast.types import Phase, StepReport
 
 __all__ = ["Pulse"]
 
+_FAILURES = 5
+"""Attempts in a row that fail before it is worth a word: single ones do, when a rank has skipped the version."""
+
 StepSink = Callable[[StepReport], None]
 
 
@@ -26,8 +29,13 @@ class Pulse:
         self._since: dict[int, int] = {}
         self._asked_s: dict[int, float] = {}
         self._newest = (-1, -1)
+        self._roster = 0
         self._committed = (-1, -1)
         self._committed_news: set[tuple[int, int]] = set()
+        self._protected: dict[int, tuple[tuple[int, int], int]] = {}
+        """By node, its newest committed version, and how many attempts had failed when it was heard of or told of."""
+        self.unprotected: list[tuple[int, str]] = []
+        """Nodes where one version after the other could not be committed, and why; the conductor empties the list."""
         self.beats: dict[int, BeatSeen] = {}
         """Newest sign of life by rank, in the driver's clock."""
         self.versions: dict[int, list[Mapping[str, Any]]] = {}
@@ -63,6 +71,12 @@ class Pulse:
         news, self._committed_news = sorted(self._committed_news), set()
         return news
 
+    def move_to(self, roster: int) -> None:
+        """Ranks are others from now on; what keepers tell of those of another roster is old."""
+        self._roster = roster
+        for rank in list(self.beats):
+            self.forget_rank(rank)
+
     def forget_rank(self, rank: int) -> None:
         """The rank's keeper starts again with an empty board."""
         self._since.pop(rank, None)
@@ -79,8 +93,8 @@ class Pulse:
             pulse = cast(Mapping[str, Any], answer.result)
             # CLOCK_MONOTONIC differs between hosts: carry over ages, not instants. The time of asking errs on
             # the side of an older beat by one round trip at most.
-            self._note_protection(pulse["protection"])
-            for rank, seen in pulse["ranks"].items():
+            self._note_protection(node, pulse["protection"])
+            for rank, seen in pulse["ranks"].items() if pulse["roster"] == self._roster else ():
                 self._asked_s[int(rank)] = asked_s
                 self._note(int(rank), seen, asked_s - float(pulse["now"]))
 
@@ -100,8 +114,14 @@ class Pulse:
         )
         self._report(seen["reports"])
 
-    def _note_protection(self, status: Mapping[str, Any]) -> None:
-        found = int(status["epoch"]), int(status["committed"])
+    def _note_protection(self, node: int, status: Mapping[str, Any]) -> None:
+        found, aborted = (int(status["epoch"]), int(status["committed"])), int(status["aborted"])
+        known, failed = self._protected.get(node, ((-1, -1), 0))
+        if found != known:
+            self._protected[node] = found, aborted
+        elif aborted - failed >= _FAILURES:
+            self._protected[node] = found, aborted
+            self.unprotected.append((node, str(status["reason"])))
         if found > self._committed:
             self._committed = found
             self._committed_news.add(found)

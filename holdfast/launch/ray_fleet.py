@@ -1,8 +1,8 @@
 """A fleet of Ray actors; the only door to ray.
 
-Starts a private Ray on this host or joins a running cluster. Virtual node *i* lives on Ray node *i mod n*; its keeper
-and its workers are pinned there, because they share memory. Keepers are detached actors with a lease, so
-they outlive a driver that dies; workers die with their driver.
+Starts a private Ray on this host or joins a running cluster. The keeper and the workers of a virtual node are pinned to
+one Ray node, because they share memory, and move together when it no longer answers: Ray's own verdict comes too late.
+Keepers are detached actors with a lease, so they outlive a driver that dies; workers die with their driver.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from holdfast import knobs
 from holdfast.configs.schema import LaunchConfig
@@ -27,6 +28,7 @@ from holdfast.errors import ConfigurationError
 from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
 from holdfast.launch.hosts import make_host
 from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
+from holdfast.launch.ray_nodes import RayNode, RayNodes
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -43,6 +45,8 @@ __all__ = ["RayFleet"]
 logger = logging.getLogger(__name__)
 
 _STOP_DEADLINE_S = 5.0
+_LOOK_AGAIN_S = 5.0
+"""Between two looks for a Ray node that a virtual node could move to."""
 
 
 class _Actor:
@@ -82,23 +86,50 @@ class _Actor:
         os._exit(0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    node: int
+    spec: str
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    handle: ActorHandle
+    node: int
+    """Virtual."""
+    home: RayNode
+
+
 @dataclass(slots=True)
 class _Call:
     number: int
     target: Address
+    due_s: float
+    """When it is strange that there is no answer yet."""
 
 
 class RayFleet:
-    """See :class:`holdfast.launch.fleet.Fleet`."""
+    """See :class:`holdfast.launch.fleet.Fleet`.
 
-    def __init__(self, config: LaunchConfig, run_tag: str) -> None:
-        self._config, self._run_tag = config, run_tag
+    ``doubt_s``: a process that is to answer at once and has not for so long makes its Ray node suspect. If that does
+    not answer either, everything on it is lost.
+    """
+
+    def __init__(self, config: LaunchConfig, run_tag: str, *, doubt_s: float = 5.0) -> None:
+        self._config, self._run_tag, self._doubt_s = config, run_tag, doubt_s
         self._temp_dir: str | None = None
         self._connect(config.address or knobs.ray_address() or "")
-        self._nodes = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: str(n["NodeID"]))
-        self._handles: dict[Address, ActorHandle] = {}
+        self._processes: dict[Address, _Process] = {}
+        gpus = config.gpus_per_worker * config.workers_per_node
+        self._nodes = RayNodes(config.nodes, _living, crowd=self._count_on, gpus=gpus)
+        self._waiting: dict[Address, _Start] = {}
+        """To be started as soon as there is a Ray node for them."""
+        self._look_s = 0.0
         self._calls: dict[ray.ObjectRef, _Call] = {}
-        self._next_call = 0
+        self._abandoned: list[Lost] = []
+        """Processes on Ray nodes that do not answer; not reported yet."""
+        self._next_call = self._next_name = 0
 
     def _connect(self, address: str) -> None:
         # raylet's own words about dead workers would appear between the lines of the console, colours included.
@@ -125,29 +156,53 @@ class RayFleet:
             **common,
         )
 
+    def _count_on(self, name: str) -> int:
+        return sum(process.home.name == name for process in self._processes.values())
+
     def hosts(self, nodes: int) -> Sequence[str]:
-        return [str(self._nodes[i % len(self._nodes)]["NodeID"]) for i in range(nodes)]
+        return [home.name for home in self._nodes.homes[:nodes]]
 
     def zones(self, nodes: int) -> Sequence[str]:
-        return [str(self._nodes[i % len(self._nodes)].get("Labels", {}).get("zone", "")) for i in range(nodes)]
+        return [home.zone for home in self._nodes.homes[:nodes]]
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
-        self._handles[target] = self._create(target, node, spec)
-        return self.call(target, "ready")
+        self._next_call += 1
+        self._waiting[target] = _Start(node, json.dumps(dict(spec)), self._next_call)
+        self._place(target)
+        return self._next_call
 
-    def _create(self, target: Address, node: int, spec: Mapping[str, object]) -> ActorHandle:
+    def _place(self, target: Address) -> None:
+        start = self._waiting[target]
+        self._leave_if_silent(start.node)
+        if self._nodes.is_stranded(start.node):
+            return
+        home = self._nodes.homes[start.node]
+        handle = self._create(target, home, start.spec)
+        self._processes[target] = _Process(handle, start.node, home)
+        self._calls[handle.run.remote("ready", "[]")] = _Call(start.call, target, math.inf)
+        del self._waiting[target]
+
+    def _place_stranded(self, now: float) -> None:
+        if self._waiting and now >= self._look_s:
+            self._look_s = now + _LOOK_AGAIN_S
+            self._nodes.look_again()
+            for target in list(self._waiting):
+                self._place(target)
+
+    def _create(self, target: Address, home: RayNode, spec: str) -> ActorHandle:
         is_keeper = target.role is Role.KEEPER
         options: dict[str, object] = {
             "num_cpus": 0,
             "num_gpus": 0 if is_keeper else self._config.gpus_per_worker,
             "max_restarts": 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(self.hosts(node + 1)[node], soft=True),
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(home.name, soft=False),
             "runtime_env": {"env_vars": self._environment()},
         }
-        if is_keeper:
-            options |= {"name": f"keeper-{self._run_tag}-{node}", "lifetime": "detached", "get_if_exists": True}
+        if is_keeper:  # the name is never used again: its owner may be a process that nobody can reach
+            self._next_name += 1
+            options |= {"name": f"keeper-{target.number}-{self._run_tag}-{self._next_name}", "lifetime": "detached"}
         actor = ray.remote(concurrency_groups={"control": 2, "storage": 1})(_Actor)
-        return actor.options(**options).remote(target.role.value, json.dumps(dict(spec)))
+        return actor.options(**options).remote(target.role.value, spec)
 
     def _environment(self) -> dict[str, str]:
         threads = {"OMP_NUM_THREADS": str(self._config.threads_per_worker)}
@@ -155,48 +210,80 @@ class RayFleet:
 
     def call(self, target: Address, method: str, *args: object) -> int:
         self._next_call += 1
-        handle = self._handles.get(target)
-        if handle is not None:  # otherwise it is reported as lost already and the call never completes
-            self._calls[_lane(handle, method).remote(method, json.dumps(args))] = _Call(self._next_call, target)
+        process = self._processes.get(target)
+        if process is not None:  # otherwise it is reported as lost already and the call never completes
+            lane = _lane(process.handle, method)
+            due_s = time.monotonic() + self._doubt_s if method in CONTROL_METHODS else math.inf
+            self._calls[lane.remote(method, json.dumps(args))] = _Call(self._next_call, target, due_s)
         return self._next_call
 
     def poll(self, timeout_s: float) -> list[Report]:
-        if not self._calls:
+        reports: list[Report] = []
+        if self._calls:
+            done, _ = ray.wait(list(self._calls), num_returns=1, timeout=0 if self._abandoned else timeout_s)
+            if done:  # take along whatever else has ended in the meantime
+                done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+            reports += [report for ref in done if (report := self._collect(ref)) is not None]
+        elif not self._abandoned:
             time.sleep(timeout_s)
-            return []
-        done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
-        if done:  # take along whatever else has ended in the meantime
-            done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
-        return [report for ref in done if (report := self._collect(ref)) is not None]
+        now = time.monotonic()
+        self._doubt_silent(now)
+        self._place_stranded(now)
+        abandoned, self._abandoned = self._abandoned, []
+        return reports + abandoned
 
     def _collect(self, ref: ray.ObjectRef) -> Report | None:
-        call = self._calls.pop(ref)
+        call = self._calls.pop(ref, None)
+        if call is None:  # another call has told that the process is lost
+            return None
         try:
             result, error = json.loads(ray.get(ref))
         except RayActorError as lost:
             return self._lost(call.target, _cause(lost))
         except RayError as broken:
             return self._lost(call.target, f"{type(broken).__name__}: {broken}")
-        if call.target not in self._handles:
-            return None
         return Completion(call.number, call.target, result, error)
 
     def _lost(self, target: Address, cause: str) -> Report | None:
-        known = self._handles.pop(target, None) is not None
+        """Nothing if its whole node does not answer and is left: that is told of all its processes together."""
+        self._leave_if_silent(self._processes[target].node)
+        return Lost(target, cause) if self._forget(target) else None
+
+    def _doubt_silent(self, now: float) -> None:
+        late = [call for call in self._calls.values() if call.due_s <= now]
+        for call in late:
+            call.due_s = now + self._doubt_s
+        for node in {self._processes[call.target].node for call in late}:
+            self._leave_if_silent(node)
+
+    def _leave_if_silent(self, node: int) -> None:
+        """Whatever is placed on the same Ray node is out of reach. Should it only have been frozen, it must not go on
+        when it wakes up; Ray passes that on as soon as it can."""
+        moved = self._nodes.leave_silent(node)
+        for tenant, home in moved.items():
+            cause = f"{home}, the home of node {tenant}, does not answer"
+            logger.warning("%s; it moves to %s", cause, self._nodes.homes[tenant])
+            out_of_reach = [t for t, p in self._processes.items() if (p.node, p.home) == (tenant, home)]
+            for target in sorted(out_of_reach, key=lambda t: t.role is Role.KEEPER):  # ranks say more than nodes
+                self.kill(target)
+                self._abandoned.append(Lost(target, cause))
+
+    def _forget(self, target: Address) -> _Process | None:
+        """Nothing that it still says counts."""
+        self._waiting.pop(target, None)
         self._calls = {ref: call for ref, call in self._calls.items() if call.target != target}
-        return Lost(target, cause) if known else None
+        return self._processes.pop(target, None)
 
     def kill(self, target: Address) -> None:
-        handle = self._handles.get(target)
-        if handle is not None:
-            self._lost(target, "")
-            ray.kill(handle, no_restart=True)
+        self._abandoned = [lost for lost in self._abandoned if lost.target != target]
+        process = self._forget(target)
+        if process is not None:
+            ray.kill(process.handle, no_restart=True)
 
     def release(self, target: Address) -> None:
-        handle = self._handles.get(target)
-        if handle is not None:
-            self._lost(target, "")
-            handle.leave.remote()
+        process = self._forget(target)
+        if process is not None:
+            process.handle.leave.remote()
 
     def close(self) -> None:
         self._leave_all()
@@ -205,15 +292,29 @@ class RayFleet:
             _remove(Path(self._temp_dir), time.monotonic() + _STOP_DEADLINE_S)
 
     def _leave_all(self) -> None:
-        leaving = [handle.leave.remote() for handle in self._handles.values()]
+        leaving = {process.handle.leave.remote(): process.handle for process in self._processes.values()}
         if leaving:
-            _, rest = ray.wait(leaving, num_returns=len(leaving), timeout=_STOP_DEADLINE_S)
-            slow = dict(zip(leaving, self._handles.values(), strict=True))
+            _, rest = ray.wait(list(leaving), num_returns=len(leaving), timeout=_STOP_DEADLINE_S)
             for ref in rest:
                 with contextlib.suppress(RayError, GetTimeoutError):
-                    ray.kill(slow[ref], no_restart=True)
-        self._handles.clear()
+                    ray.kill(leaving[ref], no_restart=True)
+        self._processes.clear()
         self._calls.clear()
+
+
+def _living() -> list[RayNode]:
+    """What Ray believes alive."""
+    return [_ray_node(found) for found in ray.nodes() if found["Alive"]]
+
+
+def _ray_node(found: Mapping[str, Any]) -> RayNode:
+    return RayNode(
+        name=str(found["NodeID"]),
+        address=str(found["NodeManagerAddress"]),
+        port=int(found["NodeManagerPort"]),
+        gpus=float(found["Resources"].get("GPU", 0.0)),
+        zone=str(found["Labels"].get("zone", "")),
+    )
 
 
 def _lane(handle: ActorHandle, method: str) -> ActorMethod:
@@ -237,6 +338,8 @@ def _to_our_log(message: Mapping[str, object], **_: object) -> None:
 def _cause(error: RayActorError) -> str:
     """Ray's first sentence about an actor's death; the rest is guesswork and advice on its own logs."""
     text = " ".join(str(error).split())
+    if "creation task" in text:  # a traceback, whose last line says what was raised
+        return str(error).strip().splitlines()[-1]
     for marker in ("Worker exit detail:", "The actor died unexpectedly before finishing this task.", "cause:"):
         text = text.partition(marker)[2].strip() or text
     return text.partition(" Some common causes")[0][:300]

@@ -8,12 +8,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from holdfast.events import Event, to_record
 from holdfast.trainer.jsonl import JsonLines
 
-__all__ = ["JsonlEvents", "tail", "to_yaml"]
+__all__ = ["JsonlEvents", "read_yaml", "tail", "to_yaml"]
 
 _TAIL_BYTES = 1 << 20
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -42,6 +43,36 @@ def tail(path: Path, lines: int) -> str:
 def to_yaml(plain: Mapping[str, object]) -> str:
     """Nested mappings of JSON values as yaml that every parser reads back to the same values."""
     return "".join(f"{line}\n" for line in _lines(plain, "")) or "{}\n"
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """Dotted key -> value of a file that :func:`to_yaml` wrote; nothing without a file.
+
+    Left out is what yaml and JSON write differently: infinities, and mappings inside lists.
+    """
+    found: dict[str, object] = {}
+    keys: list[str] = []
+    with suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            indent, key, value = _LINE.findall(line)[0]
+            with suppress(ValueError):
+                keys[len(indent) // 2 :] = [str(_from_json(key)) if key.startswith('"') else key]
+                found[".".join(keys)] = _from_json(value)
+    return found
+
+
+_LINE = re.compile(r'( *)("(?:[^"\\]|\\.)*"|[^:]*):?(.*)')
+_ESCAPED = re.compile(r"\\(?:U([0-9a-f]{8})|.)")
+
+
+def _from_json(text: str) -> object:
+    plain: object = json.loads(_ESCAPED.sub(_as_json_has_it, text))
+    return plain
+
+
+def _as_json_has_it(escaped: re.Match[str]) -> str:
+    """JSON has no escape of eight digits, but two of four."""
+    return json.dumps(chr(int(escaped[1], 16)))[1:-1] if escaped[1] else escaped[0]
 
 
 def _lines(section: Mapping[str, object], indent: str) -> Iterator[str]:

@@ -38,6 +38,7 @@ from holdfast.launch.run_dir import RunDir
 from holdfast.launch.signals import StopSignals
 from holdfast.trainer import corpus
 from holdfast.trainer.metrics import MetricsFile
+from holdfast.trainer.snapshot_cost import CostMeter
 from holdfast.trainer.token_store import TokenStore
 from holdfast.trainer.trackers import Tracker, build_tracker
 from holdfast.types import StepReport
@@ -210,6 +211,10 @@ class _Drive:
             spares=config.launch.spares,
             hosts=tuple(fleet.hosts(config.launch.nodes)),
             lanes=make_lanes(grouping.groups, config.launch.workers_per_node, grouping.parity),
+            zones=tuple(zones),
+            group_size=config.snapshot.group_size,
+            parity=config.snapshot.parity,
+            batch_parts=config.trainer.global_batch // config.trainer.micro_batch,
         )
 
     def _specs(self) -> ProcessSpecs:
@@ -236,6 +241,7 @@ class _Drive:
     def _conclude(self, verdict: Verdict, console: Console, sinks: _Sinks) -> Result:
         """Tell everybody how it ended, the console last."""
         found = verdict.findings
+        sinks.conclude()
         if found:
             sinks.emit(Evaluated(verdict.step, float(str(found["bits_per_byte"])), int(str(found["windows"]))))
             sinks.emit(Generated(verdict.step, str(found["text"])))
@@ -250,7 +256,8 @@ class _Drive:
                 verdict.reason,
             )
         )
-        facts = _what_is_saved(verdict) | {"run": str(self._run_dir.path)} | self._record(verdict)
+        facts = _what_is_saved(verdict) | _world_of(verdict, config=self._config)
+        facts |= {"run": str(self._run_dir.path)} | self._record(verdict)
         console.conclude(facts, next_command=self._next(verdict))
         self._result = Result(
             verdict.outcome, verdict.exit_code, verdict.step, verdict.reason, self._run_dir.path, found
@@ -260,7 +267,13 @@ class _Drive:
     def _record(self, verdict: Verdict) -> dict[str, str]:
         """What the user must be told if ``run.json`` could not be told."""
         try:
-            self._run_dir.end_attempt(verdict.outcome, verdict.exit_code, step=verdict.step, reason=verdict.reason)
+            self._run_dir.end_attempt(
+                verdict.outcome,
+                verdict.exit_code,
+                step=verdict.step,
+                reason=verdict.reason,
+                world=len(verdict.nodes) * self._config.launch.workers_per_node,
+            )
         except HoldfastError as error:  # a full disk; that makes the run no worse than it is
             return {"record": f"run.json does not know how it ended: {error}"}
         return {}
@@ -311,6 +324,15 @@ def _what_is_saved(verdict: Verdict) -> dict[str, str]:
     return {"saved": f"checkpoint of step {verdict.saved:,}, {checkpoint.directory(verdict.saved)}{and_later}", **facts}
 
 
+def _world_of(verdict: Verdict, *, config: RunConfig) -> dict[str, str]:
+    """Worth a line if nodes were missing at the end."""
+    launch, nodes = config.launch, verdict.nodes
+    if not 0 < len(nodes) < launch.nodes:
+        return {}
+    missing = ", ".join(str(node) for node in range(launch.nodes) if node not in nodes)
+    return {"world": f"{len(nodes) * launch.workers_per_node} of {_world(config)} ranks; node(s) {missing} are missing"}
+
+
 def _verdict_on(error: BaseException, signals: StopSignals) -> Verdict:
     """How a run ended that the conductor did not bring to its end."""
     outcome, exit_code, reason = "failed", _UNEXPECTED, f"{type(error).__name__}: {error}"
@@ -332,7 +354,7 @@ def _make_fleet(config: RunConfig, tag: str) -> Fleet:
         return ProcessFleet()
     from holdfast.launch.ray_fleet import RayFleet  # importing ray takes a second
 
-    return RayFleet(config.launch, tag)
+    return RayFleet(config.launch, tag, doubt_s=config.recovery.suspect_after_s / 2)
 
 
 class _Sinks(EventSink):
@@ -342,6 +364,13 @@ class _Sinks(EventSink):
         self._run_dir, self._attempt, self._console, self._tracker = run_dir, attempt, console, tracker
         self._events = JsonlEvents(run_dir.events_file)
         self._metrics = MetricsFile(run_dir.metrics_file, attempt=attempt)
+        self._cost = CostMeter()
+
+    def conclude(self) -> None:
+        """What snapshots have cost, once nothing more will come."""
+        cost = self._cost.cost()
+        if cost is not None:
+            self.emit(cost)
 
     def emit(self, event: Event) -> None:
         self._events.emit(event)
@@ -353,6 +382,7 @@ class _Sinks(EventSink):
         self._console.emit(event)
 
     def step(self, report: StepReport) -> None:
+        self._cost.note(report)
         self._metrics.write(report)
         self._tracker.log_step(report)
         self._console.step(report)

@@ -121,6 +121,10 @@ class RunDir:
         return self.path.name
 
     @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
     def events_file(self) -> Path:
         return self.path / "events.jsonl"
 
@@ -176,15 +180,17 @@ class RunDir:
             **facts,
             "ended": None,
         }
-        self._files.write("config.yaml", [to_yaml(config).encode()])
+        self._files.write(self.config_file.name, [to_yaml(config).encode()])
         self._files.write("overrides.yaml", ["".join(f"- {json.dumps(o)}\n" for o in overrides).encode() or b"[]\n"])
         self._write({**record, "ended": None, "attempts": [*record["attempts"], attempt]})
         return number
 
-    def end_attempt(self, outcome: str, exit_code: int, *, step: int, reason: str = "") -> None:
-        """Note how the newest attempt, and with it the run, has ended: ``finished``, ``stopped`` or ``failed``."""
+    def end_attempt(self, outcome: str, exit_code: int, *, step: int, reason: str = "", world: int = 0) -> None:
+        """Note how the newest attempt, and with it the run, has ended: ``finished``, ``stopped`` or ``failed``; and the
+        number of ranks that took part last, 0 if nothing had started."""
         record = self.record()
         ended = {"outcome": outcome, "exit_code": exit_code, "step": step, "reason": reason, "time": self._clock()}
+        ended["world"] = world
         *before, last = record["attempts"]
         self._write({**record, "ended": ended, "attempts": [*before, {**last, "ended": ended}]})
 

@@ -17,6 +17,7 @@ class Heart:
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s, self._board, self._lock = interval_s, None, threading.Lock()
+        self._silent_until_s = 0.0
         threading.Thread(target=self._beat, name="holdfast-heart", daemon=True).start()
 
     _board: Board | None
@@ -28,11 +29,15 @@ class Heart:
             if board is not None:
                 board.beat(time.monotonic())
 
+    def pause(self, seconds: float) -> None:
+        """On purpose: no beats for so long."""
+        self._silent_until_s = time.monotonic() + seconds
+
     def _beat(self) -> None:
         while True:
             time.sleep(self._interval_s)
             with self._lock:
-                if self._board is not None:
+                if self._board is not None and time.monotonic() >= self._silent_until_s:
                     self._board.beat(time.monotonic())
 
 

@@ -5,6 +5,7 @@ A line begins with a tag of at most five letters, padded to six columns; what co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,19 @@ from holdfast import events as e
 from holdfast.fault_tolerance.policy import name_ranks
 from holdfast.types import StepReport
 
-__all__ = ["TAG_COLUMNS", "aligned", "clean", "describe", "duration", "ending", "size", "step_line"]
+__all__ = [
+    "TAG_COLUMNS",
+    "aligned",
+    "clean",
+    "describe",
+    "duration",
+    "ending",
+    "percent",
+    "size",
+    "span",
+    "step_line",
+    "table",
+]
 
 TAG_COLUMNS = 6
 _INDENT = " " * TAG_COLUMNS
@@ -60,6 +73,26 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 1000**power:.1f} {' kMGTP'[power]}B"
 
 
+_UNITS = ((365.25 * 86400, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"))
+
+
+def span(seconds: float) -> str:
+    """Three digits in the largest unit of which there is one: ``1.21 ms``, ``17.3 min``, ``9.78 y``."""
+    if seconds == 0 or math.isinf(seconds):
+        return "0 s" if seconds == 0 else "never"
+    length_s, unit = next((u for u in _UNITS if seconds >= u[0]), _UNITS[-1])
+    amount = seconds / length_s
+    return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:,.0f} {unit}"
+
+
+def percent(share: float) -> str:
+    """Two digits of what is lost or of what is left, whichever is less: ``99.9972 %``, ``0.0028 %``, ``88.9 %``."""
+    less = 100.0 * min(share, 1.0 - share)
+    if less <= 0.0:
+        return f"{100.0 * share:.0f} %"
+    return f"{100.0 * share:.{min(max(1, 1 - math.floor(math.log10(less))), 12)}f} %"
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -73,6 +106,14 @@ def aligned(facts: Mapping[str, str], indent: str = "") -> list[str]:
         lines.append(f"{indent}{clean(key):<{width}} {clean(head)}".rstrip())
         lines += [f"{indent}{'':<{width}} {clean(line)}".rstrip() for line in more if line]
     return lines
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """One line per row, its cells below each other. The rows are of one length, and there is one at least."""
+    cells = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return [f"{indent}{line}".rstrip() for line in lines]
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -118,6 +159,10 @@ def _who(event: e.FaultDetected) -> str:
     return f"{name_ranks(event.ranks)} lost{f' ({place})' if place else ''}: "
 
 
+def _injected(event: e.FaultInjected, at: str) -> Iterator[str]:
+    yield f"CHAOS {at} step {event.step:,}, on purpose: {event.source}"
+
+
 def _planned(event: e.RecoveryPlanned, at: str) -> Iterator[str]:
     if event.number == 0:  # no fault came before: an earlier attempt is continued
         yield f"START {at} resume from step {event.version:,} ({event.source}): {event.reason}"
@@ -126,6 +171,10 @@ def _planned(event: e.RecoveryPlanned, at: str) -> Iterator[str]:
     else:
         yield f"PLAN  {at} go on from step {event.version:,} ({event.source}): {event.reason}"
     yield from (f"{_INDENT}not used: {rejected}" for rejected in event.rejected)
+
+
+def _world(event: e.WorldChanged, at: str) -> Iterator[str]:
+    yield f"WORLD {at} from {_count(event.world_before, 'rank')} to {event.world:,}: {event.reason}"
 
 
 def _done(event: e.RecoveryDone, at: str) -> Iterator[str]:
@@ -162,6 +211,24 @@ def _evaluated(event: e.Evaluated, at: str) -> Iterator[str]:
     yield f"EVAL  {at} step {event.step:,}: {event.bits_per_byte:.3f} bits/byte over {_count(event.windows, 'window')}"
 
 
+def _left_out(event: e.StepLeftOut, at: str) -> Iterator[str]:
+    yield f"SKIP  {at} step {event.step + 1:,}: {event.reason}; all ranks went back to version {event.version:,}"
+
+
+def _snapshot_cost(event: e.SnapshotCost, at: str) -> Iterator[str]:
+    slower = "" if event.slowdown is None else f"; steps beside a copy took {event.slowdown:+.1%}"
+    blocked = f"blocked {1000 * event.stall_s:.1f} ms or {event.stall_share:.2%} of a step"
+    yield f"COST  {at} snapshots {blocked}, copied {1000 * event.copy_s:.1f} ms beside it{slower}"
+
+
+def _unprotected(event: e.ProtectionFailed, at: str) -> Iterator[str]:
+    yield f"SNAP  {at} versions do not become protected, node {event.node} says: {event.reason}"
+
+
+def _snapshot_failed(event: e.SnapshotFailed, at: str) -> Iterator[str]:
+    yield f"SNAP  {at} version {event.version:,} of rank {event.rank} was not taken: {event.reason}"
+
+
 def _generated(event: e.Generated, at: str) -> Iterator[str]:
     yield f"TEXT  {at} written by the model at step {event.step:,}:"
     yield from _framed(event.text)
@@ -174,13 +241,19 @@ def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
 # Each takes its own kind of event, which a mapping cannot express: hence Any.
 _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.FaultDetected: _fault,
+    e.FaultInjected: _injected,
     e.RecoveryPlanned: _planned,
     e.RecoveryDone: _done,
     e.Waiting: _waiting,
     e.Protection: _protection,
+    e.WorldChanged: _world,
     e.CheckpointWritten: _written,
     e.CheckpointRejected: _rejected,
     e.Evaluated: _evaluated,
+    e.StepLeftOut: _left_out,
+    e.SnapshotCost: _snapshot_cost,
+    e.ProtectionFailed: _unprotected,
+    e.SnapshotFailed: _snapshot_failed,
     e.Generated: _generated,
     e.StopRequested: _stop,
 }
@@ -190,11 +263,19 @@ _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
 
 
 def ending(
-    event: e.RunEnded, *, total_steps: int, bits_per_byte: float | None, facts: Mapping[str, str], next_command: str
+    event: e.RunEnded,
+    *,
+    total_steps: int,
+    bits_per_byte: float | None,
+    facts: Mapping[str, str],
+    next_command: str,
+    injected: int = 0,
 ) -> Sequence[str]:
-    """The last block: how it ended, the facts, and on a line of its own the one command to type next."""
+    """The last block: how it ended, the facts, and on a line of its own the one command to type next. ``injected`` is
+    how often something was broken on purpose, which may be the cause of faults and need not be."""
     quality = "" if bits_per_byte is None else f"; {bits_per_byte:.3f} bits/byte"
     faults = f"; {_count(event.faults, 'fault')}, {_count(event.steps_lost, 'step')} lost" if event.faults else ""
+    faults += f"; {injected:,} injected on purpose" if injected else ""
     reached = f"step {event.step:,} of {total_steps:,}" if event.step >= 0 else "no step saved"
     head = (
         f"END   {event.outcome} (exit code {event.exit_code}): {reached} in {duration(event.seconds)}{quality}{faults}"

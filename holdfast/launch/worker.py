@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +19,17 @@ import torch
 from holdfast import failpoints
 from holdfast.configs.plain import from_plain
 from holdfast.configs.schema import RunConfig
-from holdfast.errors import Abort, CollectiveBroken, ShardCorrupt, SnapshotError
-from holdfast.fault_tolerance import chaos
+from holdfast.errors import Abort, CollectiveBroken, PeerError, ShardCorrupt, SnapshotError
+from holdfast.fault_tolerance import chaos, strikes
 from holdfast.fault_tolerance.arena import Arena, ArenaRef
+from holdfast.fault_tolerance.damage import flip_snapshot
+from holdfast.fault_tolerance.held_shards import HeldPart
+from holdfast.fault_tolerance.ledger import Ledger
 from holdfast.fault_tolerance.messages import Outcome
-from holdfast.fault_tolerance.resharding import StoredCheckpoint
+from holdfast.fault_tolerance.resharding import HeldSnapshot, StoredCheckpoint
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, copy_versions, required_bytes
 from holdfast.fault_tolerance.storage import open_storage
+from holdfast.launch.inject_files import struck_folder
 from holdfast.launch.protocol import EpochPlan, describe_error
 from holdfast.launch.watch import BoardWatcher, Heart
 from holdfast.parallel.comms import TorchCommunicator, broken_collective
@@ -50,11 +55,14 @@ class WorkerHost:
         self._heart = Heart(self._config.recovery.heartbeat_s)
         self._arena: Arena | None = None
         self._ref: ArenaRef | None = None
+        self._roster = 0
         self._lock = threading.Lock()
         self._left_epoch = self._stopped_epoch = -1
         self._watcher: BoardWatcher | None = None
         self._comm: TorchCommunicator | None = None
         self._notes: list[dict[str, object]] = []
+        self._injected: list[chaos.ChaosFault] = []
+        self._ledger = Ledger(struck_folder(self._run_dir))
 
     # -- calls from the driver ------------------------------------------------------------------------------------
 
@@ -66,21 +74,38 @@ class WorkerHost:
         gc.freeze()  # leaving an epoch collects garbage; it need not look through all of torch and DeepSpeed for it
         return {"pid": os.getpid(), "host": socket.gethostname()}
 
-    def attach(self, rank: int, ref: Mapping[str, object]) -> None:
-        """Map the rank's arena. Complete versions of an arena whose keeper died are carried over."""
+    def attach(self, rank: int, ref: Mapping[str, object], roster: int = 0) -> None:
+        """Map the rank's arena. Complete versions of an arena whose keeper died are carried over, unless the rank is
+        another one by now."""
         arena_ref = ArenaRef(**cast(dict[str, Any], ref))
         if arena_ref == self._ref:
             return
-        old, self._arena, self._ref = self._arena, Arena.attach(arena_ref), arena_ref
+        is_same_rank = self._ref is not None and (self._ref.rank, self._roster) == (rank, roster)
+        old, self._arena, self._ref, self._roster = self._arena, Arena.attach(arena_ref), arena_ref, roster
         self._heart.move_to(self._arena.board)
-        if old is not None:
+        if old is not None and is_same_rank:
             carried = copy_versions(old, self._arena)
             logger.info("carried %s versions into the arena of a new keeper", carried)
+        if old is not None:
             old.close()
         _log_to(self._run_dir / "logs" / f"rank{rank:05d}.attempt{self._attempt}.log")
-        faults = chaos.parse_all(self._config.chaos.faults)
-        failpoints.disarm()
-        chaos.arm(faults, rank, self._arena.board)
+        self._arm(rank, self._arena)
+
+    def inject(self, entries: Sequence[tuple[str, str]]) -> None:
+        """Faults on purpose besides those of the configuration, each with its source; all that there are so far."""
+        with self._lock:
+            self._injected = [chaos.parse(entry, source=source, any_step=True) for entry, source in entries]
+        if self._arena is not None:
+            self._arm(self._arena.board.rank, self._arena)
+
+    def _arm(self, rank: int, arena: Arena) -> None:
+        """Every thread sees the old hooks or the new ones; none is forgotten in between."""
+        own: dict[chaos.Action, strikes.Act] = {
+            chaos.Action.FLIP: lambda fault: flip_snapshot(arena, fault),
+            chaos.Action.NO_HEARTBEAT: lambda fault: self._heart.pause(fault.for_s or math.inf),
+        }
+        faults = [*chaos.parse_all(self._config.chaos.faults), *self._injected]
+        strikes.arm(faults, chaos.Target.WORKER, rank, self._ledger, own)
 
     def run_epoch(self, plan: Mapping[str, object]) -> dict[str, object]:
         """Train until the goal, a stop or a fault; always answers with an :class:`Outcome` word."""
@@ -135,7 +160,7 @@ class WorkerHost:
         logger.info("left the epoch: %s", describe_error(error))
         if self._watcher is not None and self._watcher.is_aborted:
             return _answer(Outcome.ABORTED, str(error).splitlines()[0] if str(error) else type(error).__name__)
-        if isinstance(error, CollectiveBroken) or broken_collective(error):
+        if isinstance(error, (CollectiveBroken, PeerError)) or broken_collective(error):
             return _answer(Outcome.BROKEN, str(error).splitlines()[0])
         return _answer(Outcome.ERROR, describe_error(error))
 
@@ -165,9 +190,9 @@ class WorkerHost:
             self._arena.reserve(required_bytes(run.view.capture()))
             laps.end("reserve")
             try:
-                run.trainer.restore(self._source(plan, snapshots), plan.version)
+                run.trainer.restore(self._source(plan, snapshots), plan.version, take_over=bool(plan.held))
             except SnapshotError as error:
-                if not plan.checkpoints:
+                if not plan.checkpoints and not plan.held:
                     raise
                 return _answer(Outcome.CORRUPT, describe_error(error).splitlines()[0], version=plan.version)
             laps.end("restore")
@@ -180,6 +205,8 @@ class WorkerHost:
             run.close()
 
     def _source(self, plan: EpochPlan, snapshots: ArenaSnapshotter) -> Restorer:
+        if plan.held:
+            return HeldSnapshot(HeldPart.from_json(plan.held), plan.token, config_digest=self._config_digest)
         if not plan.checkpoints:
             return snapshots
         return StoredCheckpoint(open_storage(plan.checkpoints), config_digest=self._config_digest)

@@ -11,18 +11,16 @@ from pathlib import Path
 
 from holdfast.native_build import NativeLibrary, main
 
-__all__ = ["LIBRARY", "NATIVE", "is_current"]
+__all__ = ["NATIVE"]
 
 _KERNELS = Path(__file__).parent / "kernels"
-LIBRARY = _KERNELS / "libholdfast_optim.so"
 
 NATIVE = NativeLibrary(
-    path=LIBRARY,
+    path=_KERNELS / "libholdfast_optim.so",
     kernels=_KERNELS,
     isas=("portable", "avx2", "avx512", "avx512vbmi"),
     absence="The optimizer will take plain torch operations on CPUs: slower, with the same results",
 )
-is_current = NATIVE.is_current
 
 if __name__ == "__main__":
     sys.exit(main(NATIVE, sys.argv[1:]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import InvariantViolation
-from holdfast.optim.build_kernels import LIBRARY, is_current
+from holdfast.optim.build_kernels import NATIVE
 from holdfast.optim.coefficients import FIELDS, Coefficients
 from holdfast.optim.quantize import codebook
 from holdfast.optim.rows import Row, Settings
@@ -27,11 +27,11 @@ from holdfast.optim.rules import Norms, Rule
 from holdfast.optim.table import RowTable
 from holdfast.optim.torch_engine import TorchEngine
 
-__all__ = ["LIBRARY", "NativeEngine", "cpu_engine", "isas", "using"]
+__all__ = ["NativeEngine", "cpu_engine", "isas", "using"]
 
 _log = logging.getLogger(__name__)
 
-_ISAS = ("portable", "avx2", "avx512", "avx512vbmi")
+_ISAS = NATIVE.isas
 """From slow to fast, numbered as in ``kernels/library.cpp``."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_POINTERS = (0, 0, 0)
@@ -140,10 +140,7 @@ def _best() -> NativeEngine | TorchEngine:
 
 def isas() -> list[str]:
     """Instruction sets that both the library and this processor have, from slow to fast; none without the library."""
-    library = _loaded()
-    if isinstance(library, str):
-        return []
-    return [name for number, name in enumerate(_ISAS) if library.holdfast_is_supported(number)]
+    return NATIVE.usable(_loaded())
 
 
 def _library() -> ctypes.CDLL:
@@ -156,14 +153,9 @@ def _library() -> ctypes.CDLL:
 @cache
 def _loaded() -> ctypes.CDLL | str:
     """The library, ready for calls, or why it cannot be used."""
-    if not LIBRARY.exists():
-        return f"{LIBRARY} has not been built"
-    if not is_current(LIBRARY):
-        return f"{LIBRARY} was built from other sources"
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return f"{LIBRARY} cannot be loaded ({error})"
+    library = NATIVE.load()
+    if isinstance(library, str):
+        return library
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.holdfast_update.argtypes = [int32, int32, pointer, int64, pointer, pointer, int64]
     library.holdfast_norms.argtypes = [int32, int32, pointer, int64, pointer, pointer, int64, pointer]

@@ -18,7 +18,7 @@ from holdfast.parallel.comms import TorchCommunicator
 from holdfast.parallel.config import ParallelConfig
 from holdfast.parallel.zero import ZeroEngine, ZeroOptions
 from holdfast.trainer import tokenizer
-from holdfast.trainer.config import DataConfig, ModelConfig, TrainerConfig
+from holdfast.trainer.config import DataConfig, ModelConfig, NonFinite, TrainerConfig
 from holdfast.trainer.data import Batches, target_bytes
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.export import export_weights
@@ -122,10 +122,11 @@ class RankRun:
             learning_rate=lambda step: learning_rate(options.optim, step, steps),
             snapshot_every=options.snapshot.every_steps,
             epoch=epoch,
+            rank=comm.rank,
+            note=note,
+            max_age_steps=options.snapshot.max_age_steps,
         )
-        self.trainer = Trainer(
-            self.view, parts, self._training, Goal(steps, options.trainer.eval_every, self._evaluate)
-        )
+        self.trainer = Trainer(self.view, parts, self._training, self._goal())
 
     def conclude(self) -> Mapping[str, object]:
         """Collective. Evaluate and export; rank 0 returns what the run has to show.
@@ -154,6 +155,11 @@ class RankRun:
         """Free the engine; the next epoch builds a new one in this process."""
         self._engine.close()
 
+    def _goal(self) -> Goal:
+        trainer = self._job.options.trainer
+        may_skip = trainer.nonfinite is NonFinite.SKIP
+        return Goal(trainer.max_steps, trainer.eval_every, self._evaluate, trainer.max_nonfinite if may_skip else 0)
+
     def _training(self, step: int) -> Sequence[Microbatch]:
         return [self._on_device(tokens, targets) for tokens, targets in self._batches.microbatches(step)]
 
@@ -169,7 +175,7 @@ class RankRun:
     def _evaluate(self, step: int) -> None:
         bits, windows = self._measure(step)
         if self._comm.rank == 0:
-            self._note({"step": step, "bits_per_byte": bits, "windows": windows})
+            self._note({"event": "evaluated", "step": step, "bits_per_byte": bits, "windows": windows})
 
     def _measure(self, step: int) -> tuple[float, int]:
         """Collective. Bits per byte of held-out text, and in how many windows."""

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["DataConfig", "DataSource", "ModelConfig", "TrackerConfig", "TrackerName", "TrainerConfig", "WandbMode"]
+__all__ = [
+    "DataConfig",
+    "DataSource",
+    "ModelConfig",
+    "NonFinite",
+    "TrackerConfig",
+    "TrackerName",
+    "TrainerConfig",
+    "WandbMode",
+]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,6 +74,14 @@ class DataConfig:
     """Directory of token stores; empty means ``<root>/cache``."""
 
 
+class NonFinite(Enum):
+    """What becomes of a step whose loss or gradient norm is NaN or infinite. FAIL: it is a fault. SKIP: all ranks go
+    back to the newest state they hold and leave that step's update out."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
     """The loop."""
@@ -75,6 +92,10 @@ class TrainerConfig:
     """Sequences per optimizer step over all ranks; a multiple of micro_batch x ranks."""
     micro_batch: int = 8
     """Sequences per rank and forward pass."""
+    nonfinite: NonFinite = NonFinite.FAIL
+    """FAIL or SKIP."""
+    max_nonfinite: int = 10
+    """Steps that SKIP leaves out over the whole run; the next one is a fault."""
     log_every: int = 10
     """Steps between progress lines."""
     eval_every: int = 0

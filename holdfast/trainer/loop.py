@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from holdfast import failpoints
+from holdfast.errors import NonFiniteStep
 from holdfast.trainer.state import StateView
-from holdfast.trainer.step import Microbatch, Pending, StepParts, fence, offer, take, train_step, vote
+from holdfast.trainer.step import Microbatch, Pending, StepParts, fence, offer, pass_over, take, train_step, vote
 from holdfast.types import Phase, RankState
 
 __all__ = ["Ending", "Goal", "Restorer", "Trainer"]
 
 logger = logging.getLogger(__name__)
+
+_ROOM_S, _LOOK_S = 30.0, 0.02
+"""Patience with keepers that are slow to make room for the last version, and between two looks."""
 
 
 class Ending(str, Enum):
@@ -40,6 +45,8 @@ class Goal:
     """0 evaluates at the end only."""
     evaluate: Callable[[int], None]
     """Collective. Evaluate at this step."""
+    max_left_out: int = 0
+    """Steps of the whole run that may be left out because they are not finite."""
 
 
 class Trainer:
@@ -51,15 +58,21 @@ class Trainer:
         self._view, self._parts, self._batches, self._goal = view, parts, batches, goal
         self._pending = Pending()
 
-    def restore(self, source: Restorer, version: int) -> None:
-        """Collective. Put the state of ``version`` in place, or keep the fresh one (-1) as version 0."""
+    def restore(self, source: Restorer, version: int, *, take_over: bool = False) -> None:
+        """Collective. Put the state of ``version`` in place, or keep the fresh one (-1) as version 0. With
+        ``take_over`` it becomes a version of this rank's own, because those that it was read from will not stay."""
         self._parts.watcher.enter(Phase.RESTORE, max(version, 0))
         failpoints.hit("recovery.before_restore", version)
         if version >= 0:
             self._view.adopt(source.restore_into(self._view.capture(), version))
             self._pending.restored = version
-        else:
-            offer(self._view, self._parts, self._pending)  # so that a fault in the very first step costs nothing
+            if source is self._parts.snapshots:
+                self._pending.held_by_all = version
+        if take_over:
+            take(self._view, self._parts, self._pending)
+        elif version < 0:
+            # So that a fault in the very first step costs nothing. Every memory is empty.
+            offer(self._view, self._parts, self._pending, has_room=True)
         failpoints.hit("recovery.after_restore", version)
 
     def fit(self) -> Ending:
@@ -70,12 +83,40 @@ class Trainer:
         """
         while self._view.train.step < self._goal.max_steps:
             self._parts.watcher.check()
-            report, stop = train_step(self._view, self._batches(self._view.train.step), self._parts, self._pending)
-            self._parts.watcher.finished(report)
+            try:
+                stop = self._step()
+            except NonFiniteStep as error:
+                self._leave_out(error)
+                continue
             if stop:
                 return self._settle(Ending.STOPPED)
             self._evaluate_if_due()
         return self._settle(Ending.FINISHED)
+
+    def _step(self) -> bool:
+        """Collective. Whether the ranks agreed to stop."""
+        step = self._view.train.step
+        if step in self._view.train.left_out:
+            return pass_over(self._view, self._parts, self._pending)
+        report, stop = train_step(self._view, self._batches(step), self._parts, self._pending)
+        self._parts.watcher.finished(report)
+        return stop
+
+    def _leave_out(self, error: NonFiniteStep) -> None:
+        """Collective: every rank has the same error. Go back to the newest state that all hold; the steps since then
+        are made again, but not this one. Raises: the error, if it may not be left out or nothing is there to go to.
+        """
+        train, version = self._view.train, self._pending.held_by_all
+        if len(train.left_out) >= self._goal.max_left_out or version < 0:
+            raise error
+        if error.quantity == "loss":
+            self._parts.engine.update(0.0)  # takes the gradients; what it spoils is restored below
+        train.left_out.add(error.step)
+        self._parts.watcher.enter(Phase.RESTORE, version)
+        self._view.adopt(self._parts.snapshots.restore_into(self._view.capture(), version))
+        self._pending.version, self._pending.is_held = version, False
+        if self._parts.rank == 0:
+            self._parts.note({"event": "step_left_out", "step": error.step, "reason": str(error), "version": version})
 
     def _evaluate_if_due(self) -> None:
         step, every = self._view.train.step, self._goal.evaluate_every
@@ -88,9 +129,19 @@ class Trainer:
         step, pending = self._view.train.step, self._pending
         if pending.restored == step:
             return ending  # a finished run that was resumed
-        if pending.version != step:
-            take(self._view, self._parts, pending)
+        if pending.version != step and not self._take_when_there_is_room(step):
+            logger.warning("the last version, %d, was not taken: a rank had no room for it", step)
+            return ending
         fence(self._parts, pending, step)
         if not vote([0.0, 0.0, 0.0], self._parts, pending, step).is_held_by_all:
             logger.warning("the last version, %d, is not complete on every rank", step)
         return ending
+
+    def _take_when_there_is_room(self, step: int) -> bool:
+        """Collective. Keepers may still be at work on older versions; all ranks lose patience after as many looks."""
+        for _ in range(round(_ROOM_S / _LOOK_S)):
+            if vote([0.0, 0.0, 0.0], self._parts, self._pending, step, wanted=step).has_room:
+                take(self._view, self._parts, self._pending)
+                return True
+            time.sleep(_LOOK_S)
+        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -35,6 +35,9 @@ class TrainState:
     tokens: int = 0
     """Tokens trained on, all ranks together."""
 
+    left_out: set[int] = field(default_factory=set)
+    """Steps, by how many were finished before, whose update never happens because it was not finite."""
+
     def advance(self, tokens: int) -> None:
         self.step += 1
         self.tokens += tokens
@@ -55,11 +58,14 @@ class StateView:
         return RankState(self._slices, self._scalars())
 
     def _scalars(self) -> dict[str, object]:
-        return {"step": self.train.step, "tokens": self.train.tokens, "owner": dict(self._owner.scalars())}
+        train = self.train
+        scalars = {"step": train.step, "tokens": train.tokens, "owner": dict(self._owner.scalars())}
+        return {**scalars, "left_out": sorted(train.left_out)} if train.left_out else scalars
 
     def adopt(self, scalars: Mapping[str, object]) -> None:
         """Collective. Make the slices that were just written back, and these scalars, the training state."""
         self.train.step, self.train.tokens = cast(int, scalars["step"]), cast(int, scalars["tokens"])
+        self.train.left_out |= set(cast(Sequence[int], scalars.get("left_out", ())))
         self._owner.load_scalars(cast(Mapping[str, object], scalars["owner"]))
         for random in self._random:
             random.write()

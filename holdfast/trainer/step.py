@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from holdfast import failpoints
-from holdfast.errors import NonFiniteStep
+from holdfast.errors import NonFiniteStep, SnapshotError
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.state import StateView
 from holdfast.types import CopyReport, Phase, RankState, StepReport
@@ -20,12 +20,14 @@ __all__ = [
     "Communicator",
     "Engine",
     "Microbatch",
+    "Note",
     "Pending",
     "Snapshots",
     "StepParts",
     "Verdict",
     "fence",
     "offer",
+    "pass_over",
     "take",
     "train_step",
     "vote",
@@ -54,8 +56,11 @@ class Communicator(Protocol):
 
 
 class Snapshots(Protocol):
-    """``offer`` begins to take the state; False: it is skipped. ``fence`` waits until the live tensors may change and
-    tells what became of it. ``commit`` flips the version."""
+    """``has_room`` says whether a version could be taken, and keeps the room for it. ``offer`` begins to take the
+    state; False: it is skipped. ``fence`` waits until the live tensors may change and tells what became of it.
+    ``commit`` flips the version."""
+
+    def has_room(self, version: int) -> bool: ...
 
     def offer(self, state: RankState, version: int) -> bool: ...
 
@@ -63,10 +68,15 @@ class Snapshots(Protocol):
 
     def commit(self, version: int) -> None: ...
 
+    def restore_into(self, state: RankState, version: int) -> Mapping[str, object]: ...
+
     @property
     def newest_committed(self) -> int:
         """-1 if there is none."""
         ...
+
+
+Note = Callable[[dict[str, object]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,11 @@ class StepParts:
     """Rate of the update that finishes step i + 1."""
     snapshot_every: int
     epoch: int
+    rank: int = 0
+    note: Note = lambda _: None
+    """Tell the driver of something besides steps: ``event`` and its fields."""
+    max_age_steps: int = 0
+    """Steps that the newest committed version may be old; 0 does not look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +109,8 @@ class Verdict:
     """The last version offered is complete on every rank."""
     stop: bool
     """At least one rank was asked to stop."""
+    has_room: bool
+    """Every rank can take the next version."""
 
 
 @dataclass(slots=True)
@@ -106,6 +123,8 @@ class Pending:
     """Complete on this rank; known since the fence."""
     restored: int = -1
     """The version that the epoch started from."""
+    held_by_all: int = -1
+    """The newest that is complete on every rank."""
     copied_bytes: int = 0
 
 
@@ -119,7 +138,8 @@ def train_step(
     sums = _forward_backward(batch, parts.engine)
     failpoints.hit("step.after_backward", step)
     copied = fence(parts, pending, step)
-    verdict = vote(sums, parts, pending, step)
+    verdict = vote(sums, parts, pending, step, wanted=_next_version(parts, step))
+    _refuse_old_age(parts, pending, step)
     if not math.isfinite(verdict.loss):
         raise NonFiniteStep(step, verdict.loss)
     failpoints.hit("step.before_update", step)
@@ -130,7 +150,7 @@ def train_step(
         raise NonFiniteStep(step, grad_norm, "gradient norm")
     view.train.advance(verdict.tokens)
     failpoints.hit("step.after_update", step)
-    offered_s = offer(view, parts, pending)
+    offered_s = offer(view, parts, pending, has_room=verdict.has_room)
     report = StepReport(
         step=view.train.step,
         epoch=parts.epoch,
@@ -146,6 +166,21 @@ def train_step(
         copy_s=copied.copy_s,
     )
     return report, verdict.stop
+
+
+def pass_over(view: StateView, parts: StepParts, pending: Pending) -> bool:
+    """Collective. A step whose update is left out, and which therefore has nothing to report; whether to stop."""
+    step = view.train.step
+    fence(parts, pending, step)
+    verdict = vote([0.0, 0.0, 0.0], parts, pending, step, wanted=_next_version(parts, step))
+    view.train.advance(0)
+    offer(view, parts, pending, has_room=verdict.has_room)
+    return verdict.stop
+
+
+def _next_version(parts: StepParts, step: int) -> int:
+    """What will be offered after this step; -1 for nothing."""
+    return -1 if (step + 1) % parts.snapshot_every else step + 1
 
 
 def _forward_backward(batch: Sequence[Microbatch], engine: Engine) -> list[float]:
@@ -165,24 +200,39 @@ def fence(parts: StepParts, pending: Pending, step: int) -> CopyReport:
     parts.watcher.enter(Phase.FENCE, step)
     copied = parts.snapshots.fence()
     pending.is_held = copied.is_complete and copied.version == pending.version
+    if copied.why_not:
+        failure = {"rank": parts.rank, "version": copied.version, "reason": copied.why_not}
+        parts.note({"event": "snapshot_failed", **failure})
     return copied
 
 
-def vote(sums: Sequence[float], parts: StepParts, pending: Pending, step: int) -> Verdict:
-    """Collective. Agree on the global loss, on the fate of the pending version and on stopping.
+def _refuse_old_age(parts: StepParts, pending: Pending, step: int) -> None:
+    """A snapshot that fails is no failure of the training, until too much would be lost with the next fault."""
+    newest = max(pending.restored, parts.snapshots.newest_committed)
+    if parts.max_age_steps and step - newest > parts.max_age_steps:
+        raise SnapshotError(
+            f"no version since {newest} counts, {step - newest} steps ago, and snapshot.max_age_steps="
+            f"{parts.max_age_steps}; the events say why, and 0 lets a run go on without snapshots"
+        )
+
+
+def vote(sums: Sequence[float], parts: StepParts, pending: Pending, step: int, *, wanted: int = -1) -> Verdict:
+    """Collective. Agree on the global loss, on the fate of the pending version, on stopping, and on whether to take
+    version ``wanted``: all ranks do, or none, so that the newest version of one is the newest of all.
 
     Returning from the sum proves that every rank holds the version, so each may flip on its own: a rank
     that dies before it flips leaves a FILLED copy that recovery finds complete on all ranks.
     """
     parts.watcher.enter(Phase.VOTE, step)
     parts.watcher.check()
-    wishes = [float(pending.is_held), float(parts.watcher.should_stop())]
-    nats, targets, byte_targets, held, stop = parts.comm.all_reduce_sum([*sums, *wishes])
+    has_room = wanted < 0 or parts.snapshots.has_room(wanted)
+    wishes = [float(pending.is_held), float(parts.watcher.should_stop()), float(has_room)]
+    nats, targets, byte_targets, held, stop, room = parts.comm.all_reduce_sum([*sums, *wishes])
     is_held_by_all = held == parts.comm.world
     if is_held_by_all:
         failpoints.hit("snapshot.before_commit", step)
         parts.snapshots.commit(pending.version)
-        pending.is_held = False
+        pending.is_held, pending.held_by_all = False, pending.version
         failpoints.hit("snapshot.after_commit", step)
     return Verdict(
         loss=nats / targets if targets else 0.0,
@@ -190,13 +240,19 @@ def vote(sums: Sequence[float], parts: StepParts, pending: Pending, step: int) -
         tokens=int(targets),
         is_held_by_all=is_held_by_all,
         stop=stop > 0,
+        has_room=room == parts.comm.world,
     )
 
 
-def offer(view: StateView, parts: StepParts, pending: Pending) -> float:
-    """Take the new state if this step's version is wanted. Seconds it took."""
+def offer(view: StateView, parts: StepParts, pending: Pending, *, has_room: bool) -> float:
+    """Take the new state if this step's version is wanted and every rank has room. Seconds it took."""
     pending.copied_bytes = 0
-    return 0.0 if view.train.step % parts.snapshot_every else take(view, parts, pending)
+    if view.train.step % parts.snapshot_every:
+        return 0.0
+    if not has_room:
+        pending.version, pending.is_held = -1, False
+        return 0.0
+    return take(view, parts, pending)
 
 
 def take(view: StateView, parts: StepParts, pending: Pending) -> float:

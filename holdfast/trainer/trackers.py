@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from holdfast import knobs
-from holdfast.events import Evaluated, Event, FaultDetected, RecoveryDone, RunEnded, StopRequested
+from holdfast.events import Evaluated, Event, FaultDetected, RecoveryDone, RunEnded, StopRequested, WorldChanged
 from holdfast.trainer.config import TrackerConfig, TrackerName, WandbMode
 from holdfast.types import StepReport
 
@@ -151,6 +151,8 @@ def _messages(item: StepReport | Event) -> Iterator[dict[str, object]]:
         yield _log(item.step, {f"recovery/{name}": getattr(item, name) for name in names})
         text = f"resumed at step {item.step:,}, {item.repaired_in_s:.1f} s, {item.steps_lost} step(s) lost"
         yield _alert(f"recovered from fault {item.number}", text, "INFO")
+    elif isinstance(item, WorldChanged):
+        yield _alert(f"{item.world} ranks instead of {item.world_before}", item.reason, "WARN")
     elif isinstance(item, StopRequested):
         yield {"do": "preempting"}
     elif isinstance(item, RunEnded) and item.outcome == "failed":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -138,3 +139,43 @@ def test_other_masters_become_the_weights_that_train_on_every_rank(
     assert [lesson.loss_of_others for lesson in lessons] == [pytest.approx(loss, rel=_tolerance(precision))] * world
     assert lessons[0].others.keys() == others.keys()
     assert all(torch.equal(lessons[0].others[name], others[name]) for name in others)
+
+
+def _with_one_step_out(member: Member, setup: Setup, factor: float | None) -> list[tuple[SliceSpec, Tensor]]:
+    """Step 2 is made with a loss times ``factor`` and taken back; None: nobody tries to make it."""
+    comm = join(member)
+    engine = setup.build()
+    share = _BATCH // member.world
+    for step in range(4):
+        saved, scalars = copy_of(engine.slices()), engine.scalars()
+        for micro in range(setup.accumulation) if step != 2 or factor is not None else ():
+            size = share // setup.accumulation
+            tokens, targets = (
+                drawn[share * member.rank :][micro * size :][:size] for drawn in text(step, batch=_BATCH)
+            )
+            loss = engine.loss(tokens, targets)
+            engine.backward(loss * factor if step == 2 and factor is not None else loss)
+        if step != 2:
+            assert math.isfinite(engine.update(setup.lr))
+        elif factor is not None:
+            assert not math.isfinite(engine.update(0.0))
+            for held, (_, before) in zip(engine.slices(), saved, strict=True):
+                held.tensor.copy_(before)
+            engine.load_scalars(scalars)
+            engine.refresh()
+    found = copy_of(engine.slices())
+    engine.close()
+    comm.close()
+    return found
+
+
+@each_layout
+def test_a_step_that_was_not_finite_leaves_nothing_behind_in_an_engine_that_is_put_back(
+    stage: int, precision: Precision, world: int
+) -> None:
+    setup = _setup(stage, precision, 2)
+    spoilt = _CLUSTER.run(_with_one_step_out, world, setup, math.nan if world == 2 else math.inf)
+    untried = _CLUSTER.run(_with_one_step_out, world, setup, None)
+    for mine, theirs in zip(spoilt, untried, strict=True):
+        for (spec, ours), (_, wanted) in zip(mine, theirs, strict=True):
+            assert torch.equal(ours, wanted), spec.name

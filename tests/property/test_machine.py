@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from holdfast.events import WorldChanged
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import RecoveryConfig
 from holdfast.fault_tolerance.machine import Layout, State
@@ -49,9 +50,18 @@ def _lose_an_answer(cluster: ModelCluster, index: int) -> None:
 
 
 def _damage_newest(cluster: ModelCluster, index: int) -> None:
-    rank = index % cluster.layout.world
-    for version in sorted(cluster.keepers[cluster.layout.node_of(rank)].arenas.get(rank, {}))[-1:]:
+    rank = index % cluster.roster.world
+    for version in sorted(cluster._arena(rank))[-1:]:
         cluster.damage(rank, version)
+
+
+def _take_a_node_away(cluster: ModelCluster, index: int) -> None:
+    if cluster.recovery.shrink_after_s:  # otherwise it is waited for in vain
+        cluster.take_away(index % cluster.layout.nodes)
+
+
+def _bring_a_node_back(cluster: ModelCluster, index: int) -> None:
+    cluster.gone.discard(index % cluster.layout.nodes)
 
 
 def _write_checkpoint(cluster: ModelCluster, index: int) -> None:
@@ -79,6 +89,8 @@ _MISHAPS: dict[str, Callable[[ModelCluster, int], None]] = {
     "a worker raises an exception": _to_a_worker(ModelCluster.raise_error),
     "a collective breaks": _to_a_worker(ModelCluster.report_broken),
     "a keeper dies": lambda cluster, index: cluster.kill_keeper(index % cluster.layout.nodes),
+    "a node goes away, perhaps for good": _take_a_node_away,
+    "a node comes back": _bring_a_node_back,
     "a bit flips in the newest version": _damage_newest,
     "an answer is lost": _lose_an_answer,
     "a checkpoint is written": _write_checkpoint,
@@ -112,13 +124,32 @@ class HostileWorld(RuleBasedStateMachine):
         hosts=st.integers(1, 2),
         max_failures=st.integers(0, 12),
         max_no_progress=st.integers(1, 3),
+        shrink_after_s=st.sampled_from([0.0, 5.0]),
+        min_nodes=st.integers(1, 2),
+        shares=st.sampled_from([0, 1, 6]),
         turns=st.sampled_from([0, 1, 2, 3, 5, 9, 10]),
     )
     def begin(
-        self, nodes: int, per_node: int, spares: int, hosts: int, max_failures: int, max_no_progress: int, turns: int
+        self,
+        nodes: int,
+        per_node: int,
+        spares: int,
+        hosts: int,
+        max_failures: int,
+        max_no_progress: int,
+        shrink_after_s: float,
+        min_nodes: int,
+        shares: int,
+        turns: int,
     ) -> None:
-        layout = Layout(nodes, per_node, spares, tuple(f"host{node % hosts}" for node in range(nodes)))
-        recovery = RecoveryConfig(max_failures=max_failures, max_no_progress=max_no_progress)
+        names = tuple(f"host{node % hosts}" for node in range(nodes))
+        layout = Layout(nodes, per_node, spares, names, batch_parts=shares * nodes * per_node)
+        recovery = RecoveryConfig(
+            max_failures=max_failures,
+            max_no_progress=max_no_progress,
+            shrink_after_s=shrink_after_s,
+            min_nodes=min(min_nodes, nodes),
+        )
         self.cluster = ModelCluster(layout, recovery, goal=_GOAL)
         for _ in range(turns):
             good_turn(self.cluster, self.told, 0.05)
@@ -187,7 +218,7 @@ class HostileWorld(RuleBasedStateMachine):
 def _longest_s(recovery: RecoveryConfig) -> float:
     """Every fault the budget allows, each found and repaired only when the last deadline has passed, then the goal."""
     find = recovery.step_timeout_s + recovery.suspect_after_s
-    gather = recovery.abort_after_s + recovery.start_timeout_s
+    gather = recovery.abort_after_s + recovery.start_timeout_s + recovery.shrink_after_s + recovery.retry_node_s
     inventory = recovery.start_timeout_s
     return (recovery.max_failures + 2) * (find + gather + inventory + recovery.stop_grace_s) + _GOAL * 2.0
 
@@ -210,6 +241,42 @@ def calm_down(cluster: ModelCluster) -> None:
     require(
         cluster.supervisor.state is (State.FAILED if cluster.finish.outcome == "failed" else State.FINISHED), "state"
     )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    nodes=st.integers(2, 4),
+    per_node=st.integers(1, 2),
+    spares=st.integers(0, 2),
+    lost=_ANY,
+    shares=st.sampled_from([0, 1, 12]),
+    before=st.integers(0, 30),
+    returns_after=st.none() | st.integers(0, 60),
+)
+def test_a_node_that_is_gone_for_good_does_not_end_the_run(
+    nodes: int, per_node: int, spares: int, lost: int, shares: int, before: int, returns_after: int | None
+) -> None:
+    layout = Layout(nodes, per_node, spares, ("host",) * nodes, batch_parts=shares * per_node * nodes)
+    recovery = RecoveryConfig(shrink_after_s=3.0, retry_node_s=2.0, max_failures=2)
+    cluster = ModelCluster(layout, recovery, goal=_GOAL)
+    for _ in range(before):
+        good_turn(cluster, [], 0.05)
+    cluster.take_away(lost % nodes)
+    for _ in range(40 + (returns_after or 0)):
+        good_turn(cluster, [], 0.25)
+    fewer = next(n for n in range(nodes - 1, 0, -1) if layout.can_train(n))
+    assert len(cluster.supervisor.nodes) == fewer
+    assert lost % nodes not in cluster.supervisor.nodes
+    if returns_after is not None:
+        cluster.gone.clear()
+    calm_down(cluster)
+    cluster.check_final_state()
+    assert cluster.finish is not None and cluster.finish.outcome == "finished"
+    assert cluster.supervisor.faults <= 1 + spares  # a spare of the node may take a seat before its death is known
+    worlds = [event.world for event in cluster.events if isinstance(event, WorldChanged)]
+    assert worlds == [fewer * per_node] + [layout.world] * (len(worlds) - 1)
+    if returns_after is not None and returns_after < 10:
+        assert len(worlds) == 2, "the node is back in time, and nobody takes it in"
 
 
 HostileWorld.TestCase.settings = settings(

@@ -61,9 +61,7 @@ class _Nodes:
 
     def encode(self, pool: ThreadPoolExecutor) -> CommitRecord:
         blocks = [
-            block
-            for store in self.stores.values()
-            for block in encode(store, _KEY, self.parts, self, pool, keep=None)
+            block for store in self.stores.values() for block in encode(store, _KEY, self.parts, self, pool, keep=None)
         ]
         return CommitRecord(*_KEY, len(self.held), self.parts, tuple(sorted(blocks)))
 

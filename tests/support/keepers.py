@@ -25,9 +25,9 @@ def make_keeper(
     )
 
 
-def attach(keeper: Keeper, rank: int = 0) -> Arena:
+def attach(keeper: Keeper, rank: int = 0, roster: int = 0) -> Arena:
     """What a worker does first; the reference travels as JSON."""
-    return Arena.attach(ArenaRef(**json.loads(json.dumps(keeper.admit(rank)))))
+    return Arena.attach(ArenaRef(**json.loads(json.dumps(keeper.admit(rank, roster)))))
 
 
 def writer(
@@ -36,9 +36,7 @@ def writer(
     """A worker's snapshotter over the memory of ``rank``, with room for ``filled_state``."""
     arena = attach(keeper, rank)
     arena.reserve(required_bytes(filled_state(0)))
-    return AtOnce(
-        arena, rank=rank, world=world, epoch=epoch, config_digest=config_digest, persist_every=persist_every
-    )
+    return AtOnce(arena, rank=rank, world=world, epoch=epoch, config_digest=config_digest, persist_every=persist_every)
 
 
 def offer(snapshots: ArenaSnapshotter, *versions: int, commit: bool = True) -> None:

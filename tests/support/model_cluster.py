@@ -1,8 +1,9 @@
 """A cluster in one data structure: it carries out the recovery machine's actions and checks that they make sense.
 
 Workers train a toy whose state is a chain of digests, so that every step has one right state and any mixture of
-versions shows. Nothing here is random or timed by itself: whoever drives the model decides which pending message
-arrives next, which worker moves, what breaks and how late it is.
+versions shows; the state is the same whatever the number of ranks that it is divided among. Nothing here is random or
+timed by itself: whoever drives the model decides which pending message arrives next, which worker moves, what breaks
+and how late it is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from holdfast.events import Event, FaultDetected, RecoveryDone
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import RecoveryConfig
+from holdfast.fault_tolerance.lanes import Recorded, Roster
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
 from holdfast.types import Phase
 
@@ -38,16 +40,16 @@ def _digest(*parts: object) -> str:
 
 
 def _combine(values: list[str]) -> str:
-    return _digest("all ranks", values)
+    """Of parts of one state the same, however many there are."""
+    return _digest("all ranks", sorted(set(values)))
 
 
-def state_after(steps: int, world: int) -> str:
+def state_after(steps: int) -> str:
     """What all ranks together must hold after so many steps: the undisturbed run, computed without a machine."""
-    values = [_digest(_START, rank) for rank in range(world)]
+    value = _digest(_START)
     for _ in range(steps):
-        together = _combine(values)
-        values = [_digest(together, rank) for rank in range(world)]
-    return _combine(values)
+        value = _digest(_combine([value]))
+    return _combine([value])
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Copy:
 
     epoch: int
     world: int
+    rank: int
     value: str
     lineage: str
     """Which epoch computed which step before this one: parts of one version must agree on it."""
@@ -74,6 +77,7 @@ class Worker:
     """Beats, but does not move and cannot be asked to leave."""
     has_started: bool = False
     rank: int = -1
+    roster: int = -1
     epoch: int | None = None
     step: int = 0
     value: str = ""
@@ -93,13 +97,15 @@ class Worker:
 
 @dataclass
 class Keeper:
-    """A keeper process with its memory, by rank and version."""
+    """A keeper process with its memory, by roster and rank, and then by version."""
 
     node: int
     is_alive: bool = True
     has_started: bool = False
+    is_known_dead: bool = False
+    """The machine has been told."""
     fence: int = 0
-    arenas: dict[int, dict[int, Copy]] = field(default_factory=dict)
+    arenas: dict[tuple[int, int], dict[int, Copy]] = field(default_factory=dict)
 
 
 class ModelCluster:
@@ -107,6 +113,12 @@ class ModelCluster:
 
     def __init__(self, layout: Layout, recovery: RecoveryConfig, *, goal: int, now: float = 100.0) -> None:
         self.layout, self.recovery, self.goal, self.now = layout, recovery, goal, now
+        self.roster = layout.roster(0, range(layout.nodes))
+        self.rosters: dict[int, Roster] = {0: self.roster}
+        self.gone: set[int] = set()
+        """Nodes on which no process can live."""
+        self._commits: dict[int, int] = {}
+        """Versions committed, by roster."""
         self.workers: dict[int, Worker] = {}
         self.keepers: dict[int, Keeper] = {}
         self.durable: dict[int, dict[int, Copy]] = {}
@@ -141,6 +153,8 @@ class ModelCluster:
         """Deliver a message and carry out the answer."""
         if isinstance(message, m.WorkerLost):
             self._gone.add(message.worker)
+        elif isinstance(message, m.KeeperLost):
+            self.keepers[message.node].is_known_dead = True
         elif isinstance(message, m.InventoryTaken):
             self._offered = message
         elif isinstance(message, m.CheckpointLoaded):
@@ -189,7 +203,7 @@ class ModelCluster:
         else:
             assert worker.epoch is not None
             worker.step, worker.is_captured = worker.step + 1, False
-            worker.value, worker.lineage = _digest(together, worker.rank), _digest(worker.lineage, worker.epoch)
+            worker.value, worker.lineage = _digest(together), _digest(worker.lineage, worker.epoch)
             self.top_step_by_epoch[worker.epoch] = max(self.top_step_by_epoch[worker.epoch], worker.step)
             self._beat(worker, moved=True)
         return True
@@ -198,7 +212,7 @@ class ModelCluster:
         assert worker.arena is not None and worker.epoch is not None
         if self._fence_seen_by(worker) > worker.epoch:
             return  # a fenced worker publishes nothing
-        copy = Copy(worker.epoch, self.layout.world, worker.value, worker.lineage)
+        copy = Copy(worker.epoch, self.roster.world, worker.rank, worker.value, worker.lineage)
         worker.arena[worker.step] = copy
         for old in sorted(worker.arena)[:-_BUFFERS]:
             del worker.arena[old]
@@ -206,8 +220,8 @@ class ModelCluster:
         self._beat(worker, moved=True)
 
     def _fence_seen_by(self, worker: Worker) -> int:
-        keeper = self.keepers[self.layout.node_of(worker.rank)]
-        return keeper.fence if keeper.arenas.get(worker.rank) is worker.arena else -1
+        keeper = self.keepers[self.roster.node_of(worker.rank)]
+        return keeper.fence if keeper.arenas.get((self.roster.number, worker.rank)) is worker.arena else -1
 
     def _vote(self, worker: Worker) -> tuple[str, bool] | None:
         """The collective at the end of a step: returns only when every member has entered it."""
@@ -221,7 +235,18 @@ class ModelCluster:
             known = self.committed.setdefault(worker.step, together)
             require(known == together, f"two committed states for step {worker.step}")
             self.votes[key] = (together, worker.epoch in self.stopping)
+            self._protect(*key)
         return self.votes[key]
+
+    def _protect(self, epoch: int, version: int) -> None:
+        """The keepers commit; with the second version of a roster what others have left may go."""
+        if self.recovery.shrink_after_s:
+            self._later(m.Protected(epoch, version))
+        number = self.roster.number
+        self._commits[number] = self._commits.get(number, 0) + 1
+        if self._commits[number] == 2:
+            for keeper in (self.keepers[node] for node in self.roster.nodes):
+                keeper.arenas = {key: arena for key, arena in keeper.arenas.items() if key[0] == number}
 
     def _park(self, worker: Worker, outcome: m.Outcome, detail: str = "", version: int = -1) -> None:
         assert worker.epoch is not None
@@ -270,15 +295,22 @@ class ModelCluster:
             keeper.is_alive = False
             self._later(m.KeeperLost(node, "killed by SIGKILL"))
 
+    def take_away(self, node: int) -> None:
+        """The node's power is gone, for as long as it takes."""
+        self.gone.add(node)
+        self.kill_keeper(node)
+        for worker in [w for w in self.workers.values() if w.is_alive and w.node == node]:
+            self.kill(worker, f"node {node} went away")
+
     def damage(self, rank: int, version: int) -> None:
         """Flip a bit in one copy in memory."""
-        arena = self.keepers[self.layout.node_of(rank)].arenas.get(rank, {})
+        arena = self._arena(rank)
         if version in arena:
             arena[version] = replace(arena[version], is_good=False)
 
     def persist(self) -> int | None:
         """Write the newest version that all ranks hold as a durable checkpoint."""
-        arenas = [self._arena(rank) for rank in range(self.layout.world)]
+        arenas = [self._arena(rank) for rank in range(self.roster.world)]
         common = set.intersection(*[{(v, c.epoch) for v, c in arena.items() if c.is_good} for arena in arenas])
         if not common:
             return None
@@ -287,19 +319,34 @@ class ModelCluster:
         return step
 
     def _arena(self, rank: int) -> dict[int, Copy]:
-        return self.keepers[self.layout.node_of(rank)].arenas.get(rank, {})
+        return self.keepers[self.roster.node_of(rank)].arenas.get((self.roster.number, rank), {})
+
+    def _former(self, number: int) -> list[dict[int, Copy]]:
+        """What the ranks of another roster hold, wherever it is."""
+        living = [keeper for keeper in self.keepers.values() if keeper.is_alive]
+        found: list[dict[int, Copy]] = []
+        for rank in range(self.rosters[number].world):
+            arenas = [keeper.arenas[number, rank] for keeper in living if (number, rank) in keeper.arenas]
+            found.append(arenas[0] if arenas else {})
+        return found
 
     # -- actions --------------------------------------------------------------------------------------------------
 
     def _start_worker(self, action: m.StartWorker) -> None:
         require(action.worker not in self.workers, f"worker id {action.worker} is used twice")
-        self.workers[action.worker] = Worker(action.worker, action.node)
+        self.workers[action.worker] = worker = Worker(action.worker, action.node)
+        if action.node in self.gone:
+            self.kill(worker, "there is no such node")
+            return
         self._later(m.WorkerReady(action.worker, action.node, 1000 + action.worker))
 
     def _start_keeper(self, action: m.StartKeeper) -> None:
         self.keepers[action.node] = Keeper(action.node)
-        for rank in [r for r in self.boards if self.layout.node_of(r) == action.node]:
+        for rank in [r for r in self.boards if r in self.roster.ranks_of(action.node)]:
             del self.boards[rank]
+        if action.node in self.gone:
+            self.kill_keeper(action.node)
+            return
         self._later(m.KeeperReady(action.node))
 
     def _kill_worker(self, action: m.KillWorker) -> None:
@@ -320,17 +367,18 @@ class ModelCluster:
 
     def _check_members(self, members: tuple[m.Member, ...]) -> None:
         ranks = [member.rank for member in members]
-        require(ranks == list(range(self.layout.world)), f"every rank has one member, but {ranks}")
+        require(ranks == list(range(self.roster.world)), f"every rank has one member, but {ranks}")
         used = [member.worker for member in members]
         require(len(set(used)) == len(used), f"a worker plays one rank, but {used}")
         for member in members:
             host = self.layout.hosts[self.workers[member.worker].node]
             require(member.worker not in self._gone, f"a member is never a dead worker, but {member}")
             require(host == self.layout.hosts[member.node], f"a worker shares memory with its keeper, but {member}")
-            require(member.node == self.layout.node_of(member.rank), f"a rank stays on its node, but {member}")
+            require(member.node == self.roster.node_of(member.rank), f"a rank stays on its node, but {member}")
 
     def _take_inventory(self, action: m.TakeInventory) -> None:
         require(action.epoch == self._fenced, f"inventory of epoch {action.epoch} behind fence {self._fenced}")
+        self._take_over(action.roster)
         self._check_members(action.members)
         self._offered = self._loaded = None
         self.seating = {member.rank: member.worker for member in action.members}
@@ -339,8 +387,32 @@ class ModelCluster:
         for worker in self._seated():
             if worker.is_alive and not worker.can_move:
                 self._later(m.WorkerLost(worker.worker, "no answer before the deadline", self.now))
-        if all(w.can_move for w in self._seated()) and all(k.is_alive for k in self.keepers.values()):
-            self._later(m.InventoryTaken(action.epoch, self._held(), self._good_checkpoints(), self._bad_checkpoints()))
+        asked = [keeper for keeper in self.keepers.values() if not keeper.is_known_dead]
+        if all(w.can_move for w in self._seated()) and all(k.is_alive for k in asked):
+            self._later(self._inventory(action.epoch))
+
+    def _inventory(self, epoch: int) -> m.InventoryTaken:
+        good = self._good_checkpoints()
+        foreign = tuple(step for step in good if len(self.durable[step]) != self.roster.world)
+        formers = tuple(one for number in self.rosters for one in self._complete_in(number))
+        return m.InventoryTaken(epoch, self._held(), good, self._bad_checkpoints(), (), foreign, formers)
+
+    def _complete_in(self, number: int) -> list[Recorded]:
+        if number == self.roster.number:
+            return []
+        common = set.intersection(*[{(v, c.epoch) for v, c in arena.items()} for arena in self._former(number)])
+        return [Recorded(version, epoch, roster=number) for version, epoch in sorted(common, reverse=True)]
+
+    def _take_over(self, roster: Roster) -> None:
+        """Whatever roster is named from now on: its ranks are others, even if they are called alike."""
+        if roster.number != self.roster.number:
+            require(roster.number > self.roster.number, f"rosters grow in number, but {roster} follows {self.roster}")
+            least = self.recovery.min_nodes
+            require(len(roster.nodes) >= least, f"never fewer than {least} nodes, but {roster}")
+            require(self.layout.can_train(len(roster.nodes)), f"the ranks can share the batch, but {roster}")
+            self.boards.clear()
+            self.seating.clear()
+        self.roster = self.rosters[roster.number] = roster
 
     def _seated(self) -> list[Worker]:
         return [self.workers[worker] for worker in self.seating.values()]
@@ -348,16 +420,17 @@ class ModelCluster:
     def _attach(self, worker: Worker, rank: int, keeper: Keeper) -> None:
         if not (worker.can_move and keeper.is_alive):
             return
-        arena = keeper.arenas.setdefault(rank, {})
-        if worker.rank == rank and worker.arena is not None and worker.arena is not arena:
+        number = self.roster.number
+        arena = keeper.arenas.setdefault((number, rank), {})
+        if (worker.rank, worker.roster) == (rank, number) and worker.arena is not None and worker.arena is not arena:
             arena.update(worker.arena)  # it carries its versions into the arena of a new keeper
-        worker.rank, worker.arena = rank, arena
+        worker.rank, worker.roster, worker.arena = rank, number, arena
         self._beat(worker)
 
     def _held(self) -> dict[int, tuple[m.HeldVersion, ...]]:
         return {
             rank: tuple(m.HeldVersion(v, c.epoch, c.world) for v, c in sorted(self._arena(rank).items()))
-            for rank in range(self.layout.world)
+            for rank in range(self.roster.world)
         }
 
     def _good_checkpoints(self) -> tuple[int, ...]:
@@ -374,9 +447,10 @@ class ModelCluster:
 
     def _load_checkpoint(self, action: m.LoadCheckpoint) -> None:
         stored = self.durable[action.step]
+        require(len(stored) == self.roster.world, "keepers load what was written in their own layout")
         if not all(copy.is_good for copy in stored.values()):
             self._later(m.CheckpointRefused(action.epoch, action.step, "digest does not match"))
-        elif all(keeper.is_alive for keeper in self.keepers.values()):
+        elif all(self.keepers[node].is_alive for node in self.roster.nodes):
             for rank, copy in stored.items():
                 self._arena(rank)[action.step] = copy
             self._later(m.CheckpointLoaded(action.epoch, action.step))
@@ -390,8 +464,7 @@ class ModelCluster:
         self.started.append(action)
         self.members = action.members
         self.top_step_by_epoch[action.epoch] = max(action.version, 0)
-        for rank in range(self.layout.world):
-            arena = self._arena(rank)
+        for arena in [arena for keeper in self.keepers.values() for arena in keeper.arenas.values()]:
             for version in [v for v in arena if v > action.version]:
                 del arena[version]
         lineages = {self._enter(self.workers[mb.worker], action) for mb in action.members} - {None}
@@ -407,6 +480,13 @@ class ModelCluster:
             return
         if loaded is not None and (loaded.epoch, loaded.step) == (action.epoch, action.version):
             return
+        if action.former is not None:
+            require(action.former in offered.former, f"{action.former} was offered")
+            require(action.former.version == action.version, f"{action.former} is what the epoch starts from")
+            return
+        if action.from_storage:
+            require(action.version in offered.foreign, f"checkpoint {action.version} was written in another layout")
+            return
         parts = [set(offered.held.get(rank, ())) - self._quarantined.get(rank, set()) for rank in self.seating]
         common = {held.version for held in set.intersection(*parts)}
         require(action.version in common, f"version {action.version} was not held by every rank")
@@ -417,9 +497,11 @@ class ModelCluster:
         if not worker.can_move:
             return None
         worker.epoch, worker.step = action.epoch, max(action.version, 0)
+        if action.former is not None or action.from_storage:
+            return self._read_part(worker, action)
         copy = self._arena(worker.rank).get(action.version)
         if action.version == -1:
-            worker.value, worker.lineage, worker.is_captured = _digest(_START, worker.rank), _START, False
+            worker.value, worker.lineage, worker.is_captured = _digest(_START), _START, False
         elif copy is None:
             self._park(worker, m.Outcome.BROKEN, "the keeper went away")
             return None
@@ -427,7 +509,28 @@ class ModelCluster:
             self._park(worker, m.Outcome.CORRUPT, "digest does not match", action.version)
             return None
         else:
+            require((copy.rank, copy.world) == (worker.rank, self.roster.world), f"{copy} is no part of {worker}")
             worker.value, worker.lineage, worker.is_captured = copy.value, copy.lineage, True
+        self._beat(worker, moved=True)
+        return worker.lineage
+
+    def _read_part(self, worker: Worker, action: m.StartEpoch) -> str | None:
+        """From what ranks that were divided in another way have left; it becomes a version of this layout at once."""
+        if action.former is not None:
+            parts = [arena.get(action.version) for arena in self._former(action.former.roster)]
+        else:
+            parts = list(self.durable[action.version].values())
+        copies = [copy for copy in parts if copy is not None]
+        if len(copies) < len(parts):
+            self._park(worker, m.Outcome.BROKEN, "a keeper went away")
+            return None
+        if not all(copy.is_good for copy in copies):
+            self._park(worker, m.Outcome.CORRUPT, "digest does not match", action.version)
+            return None
+        require(
+            len({copy.lineage for copy in copies}) == 1, f"parts of version {action.version} do not belong together"
+        )
+        worker.value, worker.lineage, worker.is_captured = copies[0].value, copies[0].lineage, False
         self._beat(worker, moved=True)
         return worker.lineage
 
@@ -463,7 +566,7 @@ class ModelCluster:
     def check_final_state(self) -> None:
         """Every step that was committed is the one the undisturbed run computes."""
         for step, together in self.committed.items():
-            require(together == state_after(step, self.layout.world), f"step {step} differs from the undisturbed run")
+            require(together == state_after(step), f"step {step} differs from the undisturbed run")
 
 
 _PERFORM: Mapping[type[m.Action], Callable[[ModelCluster, Any], None]] = {

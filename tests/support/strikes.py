@@ -12,11 +12,11 @@ import functools
 import json
 import os
 import signal
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,26 +24,43 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from holdfast import failpoints
+from holdfast.fault_tolerance.commit import CommitRecord
 from holdfast.fault_tolerance.manifest import Manifest
+from holdfast.fault_tolerance.protector import Protector
+from holdfast.fault_tolerance.rotation import newest_committed
 from holdfast.launch import process_fleet
 from holdfast.launch.fleet import Role
 
 if TYPE_CHECKING:
+    from holdfast.launch.worker import WorkerHost
     from holdfast.trainer.state import StateView
 
-__all__ = ["Sighting", "Strike", "Victim", "passed", "prepare", "sightings", "struck", "unstruck"]
+__all__ = [
+    "DRIVER",
+    "EXAMINE",
+    "REBUILD",
+    "Sighting",
+    "Strike",
+    "passed",
+    "prepare",
+    "sightings",
+    "stored_digests",
+    "struck",
+    "unstruck",
+]
 
 
-class Victim(str, Enum):
-    """Who gets the SIGKILL."""
+DRIVER = "driver"
+REBUILD, EXAMINE = "rebuild", "examine"
+"""Places without a failpoint: a keeper decodes what was lost; a keeper checks what it holds, for another one's sake."""
 
-    ITSELF = "itself"
-    DRIVER = "driver"
+
+_KEEPERS_S = 10.0
 
 
 @dataclass(frozen=True)
 class Strike:
-    """What happens when a process of ``role`` passes a failpoint; strikes of a run happen one after the other."""
+    """A SIGKILL when a process of ``role`` passes a failpoint; those of a run come one after the other."""
 
     role: Role
     number: int
@@ -51,10 +68,12 @@ class Strike:
     at: str
     step: int
     """The failpoint's step, or a later one."""
-    victim: Victim = Victim.ITSELF
+    victims: tuple[str, ...] = ()
+    """Such as ``worker 1``, ``keeper 0`` and ``driver``; nobody: the process itself."""
 
     def __str__(self) -> str:
-        return f"{self.victim.value} of {self.role.value} {self.number} at {self.at}, step {self.step} or later"
+        whom = " and ".join(self.victims) or "itself"
+        return f"{self.role.value} {self.number} at {self.at}, step {self.step} or later, kills {whom}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +101,8 @@ def prepare(folder: Path, strikes: Sequence[Strike]) -> Path:
 @contextmanager
 def struck(folder: Path) -> Iterator[None]:
     """Processes that a fleet starts inside the block are witnesses, and carry out what was prepared in ``folder``."""
-    run, process_fleet._run = process_fleet._run, functools.partial(_run, str(folder), os.getpid())  # type: ignore[assignment]
+    (folder / f"pid of {DRIVER}").write_text(str(os.getpid()))
+    run, process_fleet._run = process_fleet._run, functools.partial(_run, str(folder))
     try:
         yield
     finally:
@@ -109,7 +129,11 @@ def sightings(folder: Path) -> list[Sighting]:
 
 def _read(folder: Path) -> list[Strike]:
     entries = json.loads((folder / "strikes.json").read_text())
-    return [Strike(**{**entry, "role": Role(entry["role"]), "victim": Victim(entry["victim"])}) for entry in entries]
+    return [Strike(**{**e, "role": Role(e["role"]), "victims": tuple(e["victims"])}) for e in entries]
+
+
+def _pid(folder: Path, who: str) -> int:
+    return int((folder / f"pid of {who}").read_text())
 
 
 def _mark(folder: Path, number: int) -> Path:
@@ -124,16 +148,17 @@ def _count(folder: Path, strikes: int) -> int:
 # -- in a worker or a keeper ------------------------------------------------------------------------------------------
 
 
-def _run(folder: str, driver: int, role: str, spec: str, pipe: Connection) -> None:
+def _run(folder: str, role: str, spec: str, pipe: Connection) -> None:
     """Body of a process, in place of the fleet's own."""
-    witness = _Witness(Path(folder), driver, Role(role))
+    witness = _Witness(Path(folder), Role(role))
     (_watch_worker if witness.role is Role.WORKER else _watch_keeper)(witness, json.loads(spec))
     process_fleet._run(role, spec, pipe)
 
 
 class _Witness:
-    def __init__(self, folder: Path, driver: int, role: Role) -> None:
-        self.folder, self.driver, self.role = folder, driver, role
+    def __init__(self, folder: Path, role: Role) -> None:
+        self.folder, self.role = folder, role
+        self._end = folder / f"end of {_pid(folder, DRIVER)}"
         self.number = -1
         self.look: Callable[[str, int], None] = lambda name, step: None
         self._strikes, self._passed = _read(folder), set[str]()
@@ -144,16 +169,27 @@ class _Witness:
             self._passed.add(name)
             (self.folder / f"passed:{self.role.value}:{name}").touch()
         self.look(name, step)
-        self._strike(name, step)
+        self.strike(name, step)
         self._hit(name, step)
 
-    def _strike(self, name: str, step: int) -> None:
+    def strike(self, name: str, step: int) -> None:
         number = _count(self.folder, len(self._strikes))
         due = self._strikes[number] if number < len(self._strikes) else None
         if due is None or (due.role, due.number, due.at) != (self.role, self.number, name) or step < due.step:
             return
+        if self._end.exists():  # what is left of a run whose driver was killed must not take its successor's turn
+            return
+        if DRIVER in due.victims:
+            self._end.touch()
         _mark(self.folder, number).touch()  # first: who kills itself does not come back to do it
-        os.kill(os.getpid() if due.victim is Victim.ITSELF else self.driver, signal.SIGKILL)
+        pids = {_pid(self.folder, victim) for victim in due.victims} or {os.getpid()}
+        for pid in sorted(pids, key=lambda pid: pid == os.getpid()):  # itself last
+            os.kill(pid, signal.SIGKILL)
+
+    def be(self, number: int) -> None:
+        """Rank or node, as soon as it is known."""
+        self.number = number
+        (self.folder / f"pid of {self.role.value} {number}").write_text(str(os.getpid()))
 
     def tell(self, sighting: Sighting) -> None:
         """In one write, so that who dies next has told all or nothing."""
@@ -168,9 +204,11 @@ def _watch_worker(witness: _Witness, spec: Mapping[str, Any]) -> None:
     from holdfast.trainer.state import StateView
 
     attach, make, views = WorkerHost.attach, StateView.__init__, list["weakref.ref[StateView]"]()
+    hosts = list[WorkerHost]()
 
     def attached(self: WorkerHost, rank: int, ref: Mapping[str, object]) -> None:
-        witness.number = rank
+        witness.be(rank)
+        hosts[:] = [self]
         attach(self, rank, ref)
 
     def made(self: StateView, *args: Any, **kwargs: Any) -> None:
@@ -178,18 +216,74 @@ def _watch_worker(witness: _Witness, spec: Mapping[str, Any]) -> None:
         views[:] = [weakref.ref(self)]
 
     def look(name: str, step: int) -> None:
+        if name == "step.begin":
+            _wait_for_keepers(hosts[0], step - 1)
         kind = {"step.after_update": ("live", step + 1), "recovery.after_restore": ("restored", step)}.get(name)
         view = views[0]() if views else None
         if kind is not None and view is not None and step >= 0:
             witness.tell(Sighting(kind[0], witness.number, kind[1], _digests_of(view)))
 
-    WorkerHost.attach, StateView.__init__ = attached, made  # type: ignore[method-assign]  # of this process only
+    # Of this process only.
+    WorkerHost.attach, StateView.__init__ = attached, made  # type: ignore[method-assign]
     witness.look = look
 
 
+def _wait_for_keepers(host: WorkerHost, version: int) -> None:
+    """Until they have committed it. Steps of a tiny model are shorter than the turn of a thread on a busy machine, and
+    keepers that are behind by some steps lose as many."""
+    arena, end = host._arena, time.monotonic() + _KEEPERS_S
+    assert arena is not None, "attach comes before the first step"
+    while newest_committed(arena.slots()) < version and time.monotonic() < end:
+        if host._watcher is None or host._watcher.is_aborted:
+            return
+        time.sleep(0.002)
+
+
 def _digests_of(view: StateView) -> dict[str, str]:
+    import torch
+
     state = view.capture()
-    slices = {piece.spec.name: bytes(piece.tensor.detach().reshape(-1).cpu().untyped_storage())
-              if piece.tensor.untyped_storage().nbytes() == piece.tensor.nbytes
-              else _bytes_of(piece.tensor) for piece in state.slices}  # fmt: skip
-    return _digests(slices, state.scalars)
+    tensors = {piece.spec.name: piece.tensor.detach().cpu().contiguous().reshape(-1) for piece in state.slices}
+    return digests({name: t.view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}, state.scalars)
+
+
+def _watch_keeper(witness: _Witness, spec: Mapping[str, Any]) -> None:
+    make, protectors = Protector.__init__, list[Protector]()
+    rebuild, examine = Protector.rebuild, Protector.examine
+
+    def made(self: Protector, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        protectors.append(self)
+
+    def look(name: str, step: int) -> None:
+        for rank, arena in protectors[0]._arenas().items() if name == "keeper.before_flip" else ():
+            held = [buffer for buffer in arena.buffers if (s := buffer.describe()).is_complete and s.version == step]
+            for buffer in held:
+                stored, data = buffer.manifest(buffer.describe()), buffer.data.tobytes()
+                witness.tell(Sighting("stored", rank, step, stored_digests(stored, data)))
+
+    def rebuilt(self: Protector, rank: int, record: CommitRecord, *args: Any) -> None:
+        witness.strike(REBUILD, record.version)
+        rebuild(self, rank, record, *args)
+
+    def examined(self: Protector, request: Mapping[str, Any]) -> list[str]:
+        witness.strike(EXAMINE, request["record"]["version"])
+        return examine(self, request)
+
+    # Of this process only.
+    Protector.__init__ = made  # type: ignore[method-assign]
+    Protector.rebuild, Protector.examine = rebuilt, examined  # type: ignore[method-assign]
+    witness.be(spec["node"])
+    witness.look = look
+
+
+def stored_digests(manifest: bytes, data: bytes) -> dict[str, str]:
+    """Of the bytes that a manifest describes, whatever digests it names itself."""
+    found = Manifest.from_bytes(manifest)
+    slices = {entry.spec.name: data[entry.offset : entry.offset + entry.length] for entry in found.entries}
+    return digests(slices, found.scalars)
+
+
+def digests(slices: Mapping[str, bytes], scalars: Mapping[str, object]) -> dict[str, str]:
+    named = {name: xxhash.xxh3_128_hexdigest(content) for name, content in slices.items()}
+    return {**named, "scalars": json.dumps(scalars, sort_keys=True)}

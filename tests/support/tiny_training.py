@@ -146,7 +146,8 @@ class Scripted:
         self.calls = 0
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        others = self._others[min(self.calls, len(self._others) - 1)]
+        others = [*self._others[min(self.calls, len(self._others) - 1)]]
+        others += [self.world - 1.0] * (len(values) - len(others))  # there is room for the next version
         self.calls += 1
         if self._journal is not None:
             self._journal.append("sum")
@@ -230,23 +231,28 @@ class NotingEngine:
 
 
 class NotingSnapshots:
-    """Takes every version but those in ``skips``, which it refuses as often as they are listed."""
+    """Has room for every version but those in ``skips``, for which it has none as often as they are listed."""
 
     def __init__(self, journal: Journal, *, skips: Sequence[int] = (), fence_s: float = 0.0) -> None:
         self._journal, self._skips, self._fence_s = journal, list(skips), fence_s
         self.offered: list[int] = []
         self.held: list[int] = []
         self.committed: list[int] = []
+        self.scalars: dict[int, Mapping[str, object]] = {}
         self._open = -1
+
+    def has_room(self, version: int) -> bool:
+        if version in self._skips:
+            self._skips.remove(version)
+            return False
+        return True
 
     def offer(self, state: RankState, version: int) -> bool:
         self._journal.append(f"offer {version}")
         self.offered.append(version)
-        if version in self._skips:
-            self._skips.remove(version)
-            return False
         assert version not in self.held, "a version is offered again although it is held"
         self.held.append(version)
+        self.scalars[version] = state.scalars
         self._open = version
         return True
 
@@ -263,6 +269,11 @@ class NotingSnapshots:
     @property
     def newest_committed(self) -> int:
         return max(self.committed, default=-1)
+
+    def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
+        self._journal.append(f"restore {version}")
+        assert version in self.held, "a version is restored that is not held"
+        return self.scalars[version]
 
 
 class NotingWatcher(MemoryWatcher):

@@ -74,7 +74,17 @@ def test_the_package_itself_loads_the_standard_library_only() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["errors", "types", "clock", "events", "failpoints", "knobs", "optim.config", "fault_tolerance.config"],
+    [
+        "errors",
+        "types",
+        "clock",
+        "events",
+        "failpoints",
+        "knobs",
+        "native_build",
+        "optim.config",
+        "fault_tolerance.config",
+    ],
 )
 def test_root_modules_and_options_load_the_standard_library_only(module: str) -> None:
     loaded = set(_run(f"import holdfast.{module}, json, sys" + _LOADED))

@@ -128,6 +128,16 @@ def test_a_library_that_is_missing_outdated_or_broken_is_not_loaded_and_it_says_
     assert library.is_current() and f"{library.path} cannot be loaded (" in str(library.load())
 
 
+def test_instruction_sets_are_usable_where_library_and_processor_have_them(library: NativeLibrary) -> None:
+    class Loaded(ctypes.CDLL):
+        def __init__(self) -> None: ...
+
+        holdfast_is_supported = staticmethod(lambda number: number in (0, 2))
+
+    assert library.usable(Loaded()) == ["portable", "avx512"]
+    assert library.usable("it is not there") == []
+
+
 def test_flags_that_the_compiler_does_not_know_leave_their_instruction_set_out(tmp_path: Path) -> None:
     built = tmp_path / "lib.so"
     assert OPTIM.build(built, _fake_compiler(tmp_path, lacks="-mavx512vbmi")) == ["portable", "avx2", "avx512"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from functools import reduce
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from holdfast.configs import validate
+from holdfast.configs.protection import fewer_nodes
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.configs.validate import Host, check, keeper_limit_bytes, state_bytes
 from holdfast.errors import ConfigurationError
@@ -292,6 +294,11 @@ def test_two_names_for_one_run_are_refused() -> None:
         ("sigkill rank=0 step=301 at=export.begin", "step=301 is never reached; the last one is 300"),
         ("keeper_sigkill node=0 step=301", "step=301 is never reached"),
         ("sigkil rank=0 step=1", "did you mean 'sigkill'?"),
+        ("node_sigkill node=3 step=1", "node=3 does not exist; nodes are 0 to 2"),
+        ("disk_full node=3 step=1 for=1", "node=3 does not exist"),
+        ("driver_sigkill step=301", "step=301 is never reached; the last one is 300"),
+        ("sigkill rate=0.1 ranks=1-3", "rank=3 does not exist; ranks are 0 to 2"),
+        ("sigkill rate=0.1 from=300", "from=300 is never reached; the last one is 299"),
     ],
 )
 def test_a_fault_that_would_never_happen_is_refused(entry: str, fragment: str) -> None:
@@ -301,10 +308,21 @@ def test_a_fault_that_would_never_happen_is_refused(entry: str, fragment: str) -
 
 @pytest.mark.parametrize(
     "entry",
-    ["sigkill rank=2 step=299", "sigkill rank=2 step=300 at=export.begin", "keeper_sigkill node=2 step=300"],
+    [
+        "sigkill rank=2 step=299",
+        "sigkill rank=2 step=300 at=export.begin",
+        "keeper_sigkill node=2 step=300",
+        "sigkill rate=0.1 ranks=0-2 from=299 to=9999",
+        "disk_full step=300 for=1",
+    ],
 )
 def test_the_last_rank_and_step_may_be_hit(entry: str) -> None:
     assert problems_of(chaos__faults=[entry]) == []
+
+
+def test_parity_that_is_not_there_cannot_be_damaged() -> None:
+    (problem,) = problems_of(chaos__faults=["flip rank=0 step=1 what=parity"], snapshot__parity=0)
+    assert "there is no parity with snapshot.parity=0" in problem
 
 
 def test_misspelled_and_impossible_faults_are_told_together() -> None:
@@ -382,6 +400,24 @@ def test_snapshots_may_use_half_of_what_is_free() -> None:
     (problem,) = check(config, Host(2 * need - 2))
     assert problem.startswith(f"snapshots need {need:,} bytes of host memory")
     assert "half of" in problem
+
+
+def test_a_run_that_may_go_on_with_fewer_nodes_needs_room_for_both_worlds() -> None:
+    config = changed(recovery__shrink_after_s=30.0, trainer__micro_batch=1)
+    assert fewer_nodes(config) == [2, 1]
+    per_rank = (3 + 2) * (1 + 3 / 2) + 1 / 2  # pairs mirror each other; and half of what the lost node held
+    need = 3 * math.ceil(per_rank * state_bytes(config))
+    assert check(config, Host(2 * need)) == []
+    (problem,) = check(config, Host(2 * need - 2))
+    assert problem.startswith(f"snapshots need {need:,} bytes of host memory")
+    assert "room to go on with 2 nodes (recovery.shrink_after_s)" in problem
+    config.recovery.min_nodes = 3
+    assert fewer_nodes(config) == []
+
+
+def test_no_more_nodes_can_be_kept_than_the_run_starts_with() -> None:
+    (problem,) = problems_of(recovery__min_nodes=4)
+    assert problem.startswith("recovery.min_nodes=4 must not exceed launch.nodes=3")
 
 
 def test_a_limit_of_the_users_own_replaces_the_half() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from holdfast.errors import InvariantViolation, SnapshotError
 from holdfast.fault_tolerance.arena import Arena
-from holdfast.fault_tolerance.board import HEADER_BYTES, MAX_BUFFERS, MAX_FAULTS, REPORT_SLOTS, Beat, Board
+from holdfast.fault_tolerance.board import HEADER_BYTES, MAX_BUFFERS, REPORT_SLOTS, Beat, Board
 from holdfast.fault_tolerance.ring import Ring
 from holdfast.types import Phase, StepReport
 
@@ -240,24 +240,10 @@ def test_a_fence_never_moves_back() -> None:
     assert board.fence_epoch == 4
 
 
-def test_a_fired_fault_is_remembered_by_the_next_process_alone() -> None:
-    memory = bytearray(HEADER_BYTES)
-    _board(memory).mark_fired(5)
-    successor = Board.open(memoryview(memory), rank=3, run_tag="run")
-    assert [f for f in range(MAX_FAULTS) if successor.has_fired(f)] == [5]
-
-
-@pytest.mark.parametrize("fault", [-1, MAX_FAULTS])
-def test_a_fault_beyond_the_page_is_refused(fault: int) -> None:
-    with pytest.raises(InvariantViolation, match=f"fault number {fault}"):
-        _board().mark_fired(fault)
-
-
 def test_the_board_of_a_new_keeper_continues_the_old_one() -> None:
     old, new = _board(), _board()
     old.take_over(pid=7, epoch=3)
     old.enter(Phase.VOTE, 41, 9.0)
-    old.mark_fired(2)
     for step in range(REPORT_SLOTS + 3):
         old.append(replace(_REPORT, step=step))
     _, seq = old.reports(0)
@@ -266,7 +252,6 @@ def test_the_board_of_a_new_keeper_continues_the_old_one() -> None:
     new.carry_over(old)
     new.carry_over(old)
     assert new.read() == replace(old.read(), beat_s=12.0)
-    assert new.has_fired(2)
     reports, next_seq = new.reports(seq)
     assert [r.step for r in reports] == [9999]
     assert next_seq == REPORT_SLOTS + 4

@@ -343,6 +343,28 @@ def test_a_spare_of_another_host_is_of_no_use() -> None:
     assert [mb.worker for mb in story.machine.members] == [0, 4, 2]
 
 
+def test_a_node_that_has_moved_takes_the_spare_of_its_new_host_and_leaves_those_of_the_old_one() -> None:
+    story = Story(spares=2, hosts=("a", "b", "c")).running()
+    story.tell(m.NodeMoved(1, "a"), story.killed(1))
+    assert [mb.worker for mb in story.machine.members] == [0, 3, 2], "spare 4 was started for node 1, on host b"
+    assert story.ordered(m.StartWorker) == []
+    story.survivors_leave(0, 2).inventory(7).after(1.0).all_at(8)
+    story.tell(m.NodeMoved(2, "b"), story.killed(2))
+    assert [mb.worker for mb in story.machine.members] == [0, 3, 4]
+
+
+def test_protection_stays_reduced_while_a_node_shares_the_host_it_has_moved_to() -> None:
+    story = Story(spares=0, hosts=("a", "b", "c"), has_parity=True).running()
+    for host in ("a", "d"):
+        story.tell(m.NodeMoved(1, host), story.killed(story.machine.members[1].worker)).survivors_leave(0, 2)
+        new = story.of(m.StartWorker)[-1]
+        story.tell(m.WorkerReady(new.worker, 1, 900 + new.worker)).inventory(7)
+        story.tell(m.Protected(story.machine.epoch, 8)).after(1.0).all_at(8)
+    reduced, full = [p for p in story.events(Protection) if p.level != "degraded"]
+    assert (reduced.level, full.level) == ("reduced", "full")
+    assert "node(s) 1 moved to the host of another node" in reduced.reason
+
+
 def test_a_lost_spare_interrupts_nothing_and_is_replaced() -> None:
     story = Story().running()
     story.tell(story.killed(3))
@@ -405,7 +427,7 @@ def test_an_exception_that_follows_a_victim_is_the_cause() -> None:
 def test_a_broken_collective_without_a_cause_is_told_after_the_grace() -> None:
     story = Story().running()
     story.tell(story.parked(0, m.Outcome.BROKEN, "connection reset"))
-    story.wait(0.75)
+    story.wait(2.75)
     assert not story.events(FaultDetected)
     story.wait(0.5)
     (fault,) = story.events(FaultDetected)

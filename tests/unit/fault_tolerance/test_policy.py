@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.fault_tolerance.lanes import Recorded, make_lanes
+from holdfast.fault_tolerance.lanes import Lane, Recorded, Roster, make_lanes
 from holdfast.fault_tolerance.messages import HeldVersion
 from holdfast.fault_tolerance.policy import (
     DISK,
@@ -27,74 +27,78 @@ def _held(*versions: int, epoch: int = 1, world: int = 2) -> tuple[HeldVersion, 
     return tuple(HeldVersion(v, epoch, world) for v in versions)
 
 
+def _roster(nodes: int, lanes: tuple[Lane, ...] = (), *, number: int = 0) -> Roster:
+    return Roster(number, tuple(range(nodes)), 1, lanes)
+
+
 def test_the_newest_version_that_every_rank_holds_is_chosen() -> None:
-    decision = decide(View(2, {0: _held(3, 4, 5), 1: _held(3, 4)}))
+    decision = decide(View(_roster(2), {0: _held(3, 4, 5), 1: _held(3, 4)}))
     assert (decision.version, decision.source, decision.exit_code) == (4, MEMORY, None)
     assert decision.writer_epoch == 1
     assert decision.rejected == ("version 5 in memory: not complete at rank 1",)
 
 
 def test_parts_written_in_different_epochs_are_not_mixed() -> None:
-    decision = decide(View(2, {0: _held(4) + _held(5, epoch=2), 1: _held(4, 5)}))
+    decision = decide(View(_roster(2), {0: _held(4) + _held(5, epoch=2), 1: _held(4, 5)}))
     assert decision.version == 4
     assert "different epochs" in decision.rejected[0]
 
 
 def test_of_two_copies_of_one_version_the_one_of_the_common_epoch_counts() -> None:
-    decision = decide(View(2, {0: _held(5) + _held(5, epoch=3), 1: _held(5, epoch=3)}))
+    decision = decide(View(_roster(2), {0: _held(5) + _held(5, epoch=3), 1: _held(5, epoch=3)}))
     assert (decision.version, decision.writer_epoch) == (5, 3)
 
 
 def test_a_version_of_another_world_is_refused_by_name() -> None:
-    decision = decide(View(2, {0: _held(9, world=3), 1: _held(9, world=3)}))
+    decision = decide(View(_roster(2), {0: _held(9, world=3), 1: _held(9, world=3)}))
     assert decision.source == FRESH
     assert decision.rejected == ("version 9 in memory: written by 3 ranks, this run has 2",)
 
 
 def test_a_rank_that_nobody_has_heard_of_holds_nothing() -> None:
-    assert decide(View(3, {0: _held(5, world=3), 1: _held(5, world=3)})).source == FRESH
+    assert decide(View(_roster(3), {0: _held(5, world=3), 1: _held(5, world=3)})).source == FRESH
 
 
 def test_a_newer_checkpoint_beats_memory() -> None:
-    decision = decide(View(2, {0: _held(0), 1: _held(0)}, durable=(100, 50)))
+    decision = decide(View(_roster(2), {0: _held(0), 1: _held(0)}, durable=(100, 50)))
     assert (decision.version, decision.source) == (100, DISK)
 
 
 @pytest.mark.parametrize("durable", [(4,), (3, 2)])
 def test_memory_beats_a_checkpoint_that_is_not_newer(durable: tuple[int, ...]) -> None:
-    decision = decide(View(2, {0: _held(4), 1: _held(4)}, durable=durable))
+    decision = decide(View(_roster(2), {0: _held(4), 1: _held(4)}, durable=durable))
     assert (decision.version, decision.source) == (4, MEMORY)
 
 
 def test_without_a_common_version_the_newest_checkpoint_is_loaded() -> None:
-    decision = decide(View(2, {0: _held(7), 1: ()}, durable=(3, 5)))
+    decision = decide(View(_roster(2), {0: _held(7), 1: ()}, durable=(3, 5)))
     assert (decision.version, decision.source) == (5, DISK)
     assert decision.rejected == ("version 7 in memory: not complete at rank 1",)
 
 
 def test_a_checkpoint_that_could_not_be_loaded_gives_way_to_the_next_older() -> None:
-    decision = decide(View(2, {}, durable=(9, 5), refused={9: "digest of rank 1"}))
+    decision = decide(View(_roster(2), {}, durable=(9, 5), refused={9: "digest of rank 1"}))
     assert decision.version == 5
     assert "checkpoint of step 9: digest of rank 1" in decision.rejected
 
 
 def test_a_refused_checkpoint_is_named_when_memory_is_older() -> None:
-    decision = decide(View(2, {0: _held(4), 1: _held(4)}, durable=(9,), refused={9: "torn"}))
+    decision = decide(View(_roster(2), {0: _held(4), 1: _held(4)}, durable=(9,), refused={9: "torn"}))
     assert (decision.version, decision.source) == (4, MEMORY)
     assert decision.rejected == ("checkpoint of step 9: torn",)
 
 
 def test_a_run_without_any_state_starts_fresh() -> None:
-    decision = decide(View(2, {}))
+    decision = decide(View(_roster(2), {}))
     assert (decision.version, decision.source, decision.exit_code) == (-1, FRESH, None)
 
 
 @pytest.mark.parametrize(
     "view",
     [
-        View(2, {}, rejected=("step-00000100: no commit record",)),
-        View(2, {}, durable=(100,), refused={100: "digest does not match"}),
-        View(2, {0: _held(101)}, rejected=("step-00000100: no commit record",)),
+        View(_roster(2), {}, rejected=("step-00000100: no commit record",)),
+        View(_roster(2), {}, durable=(100,), refused={100: "digest does not match"}),
+        View(_roster(2), {0: _held(101)}, rejected=("step-00000100: no commit record",)),
     ],
 )
 def test_checkpoints_that_cannot_be_read_are_never_buried_under_a_fresh_start(view: View) -> None:
@@ -105,7 +109,7 @@ def test_checkpoints_that_cannot_be_read_are_never_buried_under_a_fresh_start(vi
 
 
 def test_unreadable_checkpoints_do_not_matter_while_memory_is_complete() -> None:
-    decision = decide(View(2, {0: _held(4), 1: _held(4)}, rejected=("step-00000100: garbage",)))
+    decision = decide(View(_roster(2), {0: _held(4), 1: _held(4)}, rejected=("step-00000100: garbage",)))
     assert (decision.version, decision.exit_code) == (4, None)
 
 
@@ -126,7 +130,7 @@ def test_ranks_are_named_in_few_words(ranks: list[int], text: str) -> None:
 _COPIES = st.builds(HeldVersion, st.integers(0, 4), st.integers(1, 2), st.integers(2, 3))
 _VIEWS = st.builds(
     View,
-    world=st.just(3),
+    roster=st.just(_roster(3)),
     held=st.dictionaries(st.integers(0, 2), st.lists(_COPIES, max_size=3).map(tuple)),
     durable=st.lists(st.integers(0, 6), max_size=2, unique=True).map(tuple),
     refused=st.dictionaries(st.integers(0, 6), st.just("bad"), max_size=2),
@@ -158,7 +162,7 @@ _LANES = make_lanes([(0, 1, 2)], 1, 1)
 
 
 def _view(*recorded: Recorded, held: Mapping[int, tuple[HeldVersion, ...]] | None = None, **rest: object) -> View:
-    return View(3, held or {}, recorded=recorded, lanes=_LANES, **rest)  # type: ignore[arg-type]
+    return View(_roster(3, _LANES), held or {}, recorded=recorded, **rest)  # type: ignore[arg-type]
 
 
 def test_one_lost_rank_is_restored_from_parity() -> None:
@@ -201,11 +205,48 @@ def test_a_record_that_failed_is_not_tried_again() -> None:
     assert (decision.version, decision.source) == (4, PARITY)
 
 
+# -- another roster ---------------------------------------------------------------------------------------------------
+
+
+def _moved(*former: Recorded, **rest: object) -> View:
+    """Two ranks that go on where three have been, of whose versions these are left."""
+    before, now = _roster(3, _LANES), _roster(2, number=1)
+    return View(now, rest.pop("held", {}), former=former, rosters={0: before, 1: now}, **rest)  # type: ignore[arg-type]
+
+
+def test_what_the_ranks_before_have_left_in_memory_is_read_by_those_that_go_on() -> None:
+    decision = decide(_moved(Recorded(5, 1), Recorded(4, 1), durable=(5, 3)))
+    assert (decision.version, decision.source, decision.former) == (5, MEMORY, Recorded(5, 1))
+    assert decision.incomplete is None
+    assert "divided among 3 rank(s)" in decision.reason and "each of now 2 reads its part" in decision.reason
+
+
+def test_what_one_of_them_has_lost_is_rebuilt_first() -> None:
+    left = Recorded(5, 1, absent=(1,), bare=(1,))
+    decision = decide(_moved(left))
+    assert (decision.source, decision.former, decision.incomplete) == (PARITY, left, left)
+    assert "but for rank 1" in decision.reason
+
+
+def test_a_version_of_their_own_is_preferred_to_one_that_has_to_be_moved() -> None:
+    own = {rank: _held(5, epoch=2) for rank in range(2)}
+    assert decide(_moved(Recorded(5, 1), held=own)).former is None
+    assert decide(_moved(Recorded(6, 1), held=own)).former == Recorded(6, 1)
+
+
+def test_what_is_lost_for_good_or_was_found_damaged_is_passed_over_with_its_reason() -> None:
+    lost = Recorded(6, 1, absent=(0, 1), bare=(0, 1))
+    decision = decide(_moved(lost, Recorded(5, 1), spoilt={(5, 1): "a digest differs"}, durable=(2,)))
+    assert (decision.version, decision.source, decision.former) == (2, DISK, None)
+    assert "2 of ranks [0, 1, 2] are lost" in decision.rejected[0]
+    assert decision.rejected[1].endswith("a digest differs")
+
+
 def test_losses_in_different_groups_do_not_add_up() -> None:
     lanes = make_lanes([(0, 2), (1, 3)], 1, 1)
-    found = decide(View(4, {}, recorded=(Recorded(5, 1, absent=(0, 1)),), lanes=lanes))
+    found = decide(View(_roster(4, lanes), {}, recorded=(Recorded(5, 1, absent=(0, 1)),)))
     assert found.source == PARITY
-    assert decide(View(4, {}, recorded=(Recorded(5, 1, absent=(0, 2)),), lanes=lanes)).source == FRESH
+    assert decide(View(_roster(4, lanes), {}, recorded=(Recorded(5, 1, absent=(0, 2)),))).source == FRESH
 
 
 def test_every_rank_is_in_one_lane_and_the_ranks_of_a_lane_are_on_different_nodes() -> None:

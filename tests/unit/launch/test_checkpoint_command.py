@@ -97,16 +97,10 @@ def test_a_run_that_does_not_exist_is_answered_with_those_that_do(
     root: Path, run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = _said(["list", "nobody"], 2, capsys)
-    assert (
-        f"run 'nobody', by its id or by its directory, was not found below {root}; the newest there are older" in said
-    )
+    assert f"run 'nobody' is neither the directory of a run nor an id below {root}; the newest there are older" in said
     (root / "empty").mkdir()
     said = _said(["list", "--root", str(root / "empty")], 2, capsys)
-    assert said == f"error: a run was not found below {root / 'empty'}; there is none\n"
-    _made(root, "older", 2.0, project="other")
-    assert f"several projects; give one: {root}/other/older, {root}/holdfast/older" in _said(
-        ["list", "older"], 2, capsys
-    )
+    assert said == f"error: no run was found below {root / 'empty'}: there is none; --root names another place\n"
 
 
 def test_checkpoints_are_looked_for_where_the_run_keeps_them(

@@ -81,6 +81,7 @@ class _Fleet:
         self.errors: dict[tuple[Address, str], str] = {}
         """The next answer of a process to a method is this error."""
         self.alive: set[Address] = set()
+        self.homes = ["here"] * _WORLD
         self.notes: list[dict[str, Any]] = []
         """What rank 0 has to tell besides steps."""
         self.memory: dict[int, dict[int, int]] = {rank: {} for rank in range(_WORLD)}
@@ -97,7 +98,7 @@ class _Fleet:
     # -- the fleet ------------------------------------------------------------------------------------------------
 
     def hosts(self, nodes: int) -> Sequence[str]:
-        return ("here",) * nodes
+        return tuple(self.homes[:nodes])
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         assert target not in self.alive, f"{target} is started although it lives"
@@ -152,18 +153,24 @@ class _Fleet:
     def _ready(self, number: int) -> object:
         return {"pid": 1000 + number, "host": "here", "address": f"here:{number}"}
 
-    def _admit(self, node: int, rank: int) -> object:
+    def _admit(self, node: int, rank: int, roster: int) -> object:
+        assert roster == 0
         self._admitted.add(node)
         return {"node": node, "rank": rank}
 
-    def _attach(self, worker: int, rank: int, ref: Mapping[str, int]) -> None:
-        assert ref == {"node": rank, "rank": rank}
+    def _attach(self, worker: int, rank: int, ref: Mapping[str, int], roster: int) -> None:
+        assert (ref, roster) == ({"node": rank, "rank": rank}, 0)
 
     def _inventory(self, node: int, epoch: int = 0) -> object:
-        held = [{"version": v, "epoch": e, "world": _WORLD, "digest": f"{v}-{e}"} for v, e in self.memory[node].items()]
+        size = {"bytes": 900, "manifest_bytes": 100}
+        held = [
+            {"version": v, "epoch": e, "world": _WORLD, "digest": f"{v}-{e}", **size}
+            for v, e in self.memory[node].items()
+        ]
         report = commit.Report(node, epoch, tuple(self.records[node]), (), ())
         parity = [record.key for record in self.records[node]]
-        return {"held": {str(node): held}, "parity": parity, "report": commit.to_json(report)}
+        told = {"held": {str(node): held}, "former": [], "parity": parity, "report": commit.to_json(report)}
+        return {"roster": 0, **told}
 
     def _begin(self, node: int, plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
         assert plan["addresses"] == {str(each): f"here:{each}" for each in range(_WORLD)}
@@ -212,7 +219,7 @@ class _Fleet:
         new = [asdict(report) for report in reports[since.get(str(node), 0) :]]
         seen = {"beat": beat, "next_seq": len(reports), "versions": versions, "reports": new}
         ranks = {str(node): seen} if node in self._admitted else {}
-        return {"now": now, "ranks": ranks, "protection": {"epoch": -1, "committed": -1}}
+        return {"now": now, "roster": 0, "ranks": ranks, "protection": {"epoch": -1, "committed": -1, "aborted": 0}}
 
     # -- what a story may do --------------------------------------------------------------------------------------
 
@@ -375,7 +382,7 @@ def test_every_action_of_the_machine_is_carried_out() -> None:
 
 def test_a_run_starts_step_by_step(run: _Run) -> None:
     run.watch(lambda: run.training(1))
-    in_order = [(name, target.role.value) for name, target in run.fleet.log]
+    in_order = [(name, target.role.value) for name, target in run.fleet.log if name != "drain"]
     assert [(key, len(list(same))) for key, same in groupby(in_order)] == [
         (("start", "keeper"), 2),
         (("start", "worker"), 2),
@@ -529,6 +536,19 @@ def test_a_lost_worker_is_told_with_the_age_of_its_last_beat_and_a_spare_takes_i
     assert 2.0 <= fault.detected_after_s < 2.5
     assert set(run.fleet.plans(2)) == {_worker(0), _worker(2)}
     assert run.fleet.methods("start") == ["start"] * 5  # a spare in place of the spare only when all train again
+
+
+def test_a_node_has_moved_before_its_losses_are_told(tmp_path: Path) -> None:
+    run = _Run(tmp_path, spares=1)
+
+    def story() -> Story:
+        yield from run.training(1)
+        run.fleet.homes[1] = "there"
+        run.fleet.die(_worker(1))
+        yield from run.training(2)
+
+    run.watch(story)
+    assert set(run.fleet.plans(2)) == {_worker(0), _worker(3)}, "the spare, worker 2, is still here"
 
 
 @pytest.mark.parametrize("method", ["ready", "attach"])
@@ -696,7 +716,7 @@ def test_a_keeper_that_does_not_answer_its_pulse_is_killed(run: _Run) -> None:
 
 
 def _note(step: int) -> dict[str, Any]:
-    return {"step": step, "bits_per_byte": 2.5, "windows": 96}
+    return {"event": "evaluated", "step": step, "bits_per_byte": 2.5, "windows": 96}
 
 
 def test_evaluations_become_events_once_whichever_way_they_come(tmp_path: Path) -> None:
@@ -734,13 +754,14 @@ def test_evaluations_are_asked_of_the_worker_that_has_rank_0_now(tmp_path: Path)
     assert len(run.events.of(Evaluated)) == 1
 
 
-def test_without_evaluations_nobody_is_asked_for_them(run: _Run) -> None:
+def test_rank_0_is_asked_for_news_about_once_per_second(run: _Run) -> None:
     def story() -> Story:
         yield from run.training(1)
         yield from run.pause(5.0)
 
     run.watch(story)
-    assert "drain" not in run.fleet.methods()
+    assert 4 <= run.fleet.methods().count("drain") <= 7
+    assert {target for method, target in run.fleet.log if method == "drain"} == {_worker(0)}
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

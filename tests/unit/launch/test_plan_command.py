@@ -16,8 +16,8 @@ from holdfast.configs.plain import to_plain
 from holdfast.configs.schema import LaunchConfig, RunConfig
 from holdfast.configs.validate import refuse_bad
 from holdfast.errors import ConfigurationError
-from holdfast.events import CheckpointWritten, Event, FaultDetected, RecoveryDone, RecoveryPlanned
-from holdfast.fault_tolerance.config import ChaosConfig, SnapshotConfig
+from holdfast.events import CheckpointWritten, Event, FaultDetected, FaultInjected, RecoveryDone, RecoveryPlanned
+from holdfast.fault_tolerance.config import SnapshotConfig
 from holdfast.fault_tolerance.interval import (
     GroupLayout,
     daly_interval_s,
@@ -67,19 +67,16 @@ def _recovery(number: int, source: str, repaired_in_s: float) -> list[Event]:
 class Recorded:
     """A run on disk, written by what writes real ones, with a clock of its own."""
 
-    def __init__(
-        self, root: Path, run_id: str = "r1", *, project: str = "p", faults: Sequence[str] = (), nodes: int = 4
-    ) -> None:
+    def __init__(self, root: Path, run_id: str = "r1", *, nodes: int = 4) -> None:
         self.now = 1e9
-        self.dir = RunDir.create(str(root), project, run_id, config_digest="d")
-        self._faults, self._nodes = list(faults), nodes
+        self.dir = RunDir.create(str(root), "p", run_id, config_digest="d")
+        self._nodes = nodes
 
     def attempt(self, number: int, steps: Sequence[StepReport], *, hours: float) -> None:
         """Steps evenly over this much wall time; a night passes before the next attempt."""
         config = RunConfig(
             launch=LaunchConfig(nodes=self._nodes),
             snapshot=SnapshotConfig(every_steps=2, persist_every_steps=50, parity=1, group_size=2),
-            chaos=ChaosConfig(faults=self._faults),
         )
         self.dir.begin_attempt(config=to_plain(config), overrides=[], command=[])
         metrics = MetricsFile(self.dir.metrics_file, attempt=number, clock=lambda: self.now)
@@ -164,10 +161,14 @@ def test_failure_rates_are_a_prior_and_what_the_run_has_seen(
     tmp_path: Path, answer: Callable[..., dict[str, Any]]
 ) -> None:
     """Two attempts of 30 and 20 hours on four nodes; the night between them is not counted, nor are injected faults."""
-    run = Recorded(tmp_path, faults=["sigkill rank=1 step=3", "keeper_sigkill node=0 step=4"])
+    run = Recorded(tmp_path)
+    run.happened(FaultInjected("clock_jump", "worker", 1, 3, "step.begin", ""))  # long before, and not the cause
     run.attempt(1, [_report(n) for n in range(1, 6)], hours=30.0)
     run.attempt(2, [_report(n) for n in range(6, 12)], hours=20.0)
-    run.happened(*(_fault(n) for n in range(1, 4)), _fault(4, ranks=()), _fault(5, ranks=()))
+    run.happened(*(_fault(n) for n in range(1, 3)), _fault(4, ranks=()))
+    run.now += 3600
+    run.happened(FaultInjected("sigkill", "worker", 2, 3, "step.begin", ""), _fault(3, ranks=(2,)))
+    run.happened(FaultInjected("node_sigkill", "node", 1, 3, "", ""), _fault(5, ranks=()))
     values = answer(str(run.dir.path))["values"]
     assert values["process_mtbf_h"]["value"] == pytest.approx((720 + 200) / (1 + 3 - 1))
     assert values["node_mtbf_h"]["value"] == pytest.approx((8760 + 200) / (1 + 2 - 1))
@@ -220,34 +221,11 @@ def test_a_run_without_steps_and_torn_lines_tells_what_it_can(
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_found_by_id_and_by_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[..., dict[str, Any]]
-) -> None:
+def test_a_run_is_found_by_id_and_by_directory(tmp_path: Path, answer: Callable[..., dict[str, Any]]) -> None:
     run = Recorded(tmp_path, "mine")
     Recorded(tmp_path, "other")
-    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path))
-    monkeypatch.chdir(run.dir.path.parent)
-    for words in (["mine"], [str(run.dir.path)], ["./mine"]):
+    for words in (["mine", "--root", str(tmp_path)], [str(run.dir.path)]):
         assert answer(*words)["run"] == str(run.dir.path)
-    monkeypatch.setenv("HOLDFAST_HOME", "/nowhere")
-    monkeypatch.chdir("/")
-    assert answer("mine", "--root", str(tmp_path))["run"] == str(run.dir.path)
-
-
-def test_an_unknown_run_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"'x' is neither .* there is none"):
-        plan(["x", "--root", str(tmp_path)])
-    for name in ("one", "two"):
-        Recorded(tmp_path, name)
-    with pytest.raises(ConfigurationError, match=r"the newest there are (one, two|two, one)$"):
-        plan(["x", "--root", str(tmp_path)])
-
-
-def test_a_name_of_two_runs_is_refused_with_both(tmp_path: Path) -> None:
-    for project in ("a", "b"):
-        Recorded(tmp_path, "same", project=project)
-    with pytest.raises(ConfigurationError, match=r"several projects.*/[ab]/same, .*/[ab]/same"):
-        plan(["same", "--root", str(tmp_path)])
 
 
 # -- input ------------------------------------------------------------------------------------------------------------
@@ -362,6 +340,8 @@ def test_the_table_names_every_value_and_what_to_set(tmp_path: Path, capsys: pyt
     run = Recorded(tmp_path)
     run.attempt(1, [_report(n, copy_bytes=1, stall_s=0.002) for n in range(1, 413)], hours=1.0)
     told = _text(capsys, str(run.dir.path), "--slowdown", "0.1")
+    heads = [line for line in told.splitlines() if line and not line.startswith("  ")]
+    assert [head.split()[0] for head in heads] == ["plan", "values", "saves", "memory", "expected", "set"]
     lines = [" ".join(line.split()) for line in told.splitlines()]
     assert lines[0] == f"plan for run r1 ({run.dir.path})"
     assert "--step-s 500 ms measured: median of 412 steps" in lines

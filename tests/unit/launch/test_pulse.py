@@ -9,6 +9,7 @@ import pytest
 from holdfast.clock import FakeClock
 from holdfast.fault_tolerance.board import REPORT_SLOTS
 from holdfast.fault_tolerance.keeper import Keeper
+from holdfast.fault_tolerance.protector import Protector, Status
 from holdfast.launch.calls import Calls
 from holdfast.launch.fleet import Address, Completion, Role
 from holdfast.launch.pulse import Pulse
@@ -282,3 +283,33 @@ def test_pulses_keep_the_lease() -> None:
         assert not keeper.expired(host.now())
     host.advance(61.0)
     assert keeper.expired(host.now())
+
+
+# -- what keepers agree on --------------------------------------------------------------------------------------------
+
+
+def test_each_committed_version_is_news_once_whichever_keepers_tell_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = _Driver(make_keeper(0), make_keeper(1))
+    driver.turn()
+    assert driver.pulse.committed() == []
+    monkeypatch.setattr(Protector, "status", Status(committed=7, epoch=2))
+    for _ in range(3):
+        driver.turn()
+    monkeypatch.setattr(Protector, "status", Status(committed=8, epoch=2))
+    driver.turn()
+    assert driver.pulse.committed() == [(2, 7), (2, 8)]
+    assert driver.pulse.committed() == []
+
+
+def test_attempts_that_fail_are_told_of_only_when_no_version_is_committed_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = _Driver(make_keeper(0))
+    for aborted in range(1, 30, 2):
+        monkeypatch.setattr(Protector, "status", Status(committed=aborted, epoch=1, aborted=aborted, reason="skipped"))
+        driver.turn()
+    assert driver.pulse.unprotected == []
+    for aborted in range(30, 41):
+        monkeypatch.setattr(Protector, "status", Status(committed=29, epoch=1, aborted=aborted, reason="no memory"))
+        driver.turn()
+    assert driver.pulse.unprotected == [(0, "no memory"), (0, "no memory")]

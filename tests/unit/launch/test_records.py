@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml  # type: ignore[import-untyped]  # comes with ray, wandb and hydra; only the tests read yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from holdfast.configs.plain import to_plain
 from holdfast.configs.schema import RunConfig
 from holdfast.events import Evaluated, EventSink, FaultDetected, Waiting
-from holdfast.launch.records import JsonlEvents, tail, to_yaml
+from holdfast.launch.records import JsonlEvents, read_yaml, tail, to_yaml
 
 # -- events -----------------------------------------------------------------------------------------------------------
 
@@ -114,3 +116,40 @@ def test_yaml_is_nested_and_has_bare_keys() -> None:
 def test_yaml_has_numbers_that_json_lacks(value: float) -> None:
     read = yaml.safe_load(to_yaml({"x": value}))["x"]
     assert read == value or (math.isnan(read) and math.isnan(value))
+
+
+_PLAIN_VALUES = _SCALARS.filter(lambda v: not isinstance(v, float) or math.isfinite(v))
+_NAMES = st.text('ab_:# "\\\x1b\U0001f600', max_size=3) | st.just("no")
+_SECTIONS = st.recursive(
+    st.dictionaries(_NAMES, _PLAIN_VALUES | st.lists(_PLAIN_VALUES), max_size=4),
+    lambda below: st.dictionaries(_NAMES, below, max_size=4),
+    max_leaves=12,
+)
+
+
+def _dotted(plain: Mapping[str, object], above: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in plain.items():
+        section = isinstance(value, Mapping) and bool(value)
+        found |= _dotted(cast(Mapping[str, object], value), f"{above}{key}.") if section else {above + key: value}
+    return found
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_SECTIONS)
+def test_what_was_written_is_read_by_dotted_keys(tmp_path: Path, plain: dict[str, object]) -> None:
+    (tmp_path / "x.yaml").write_text(to_yaml(plain), encoding="utf-8")
+    assert json.dumps(read_yaml(tmp_path / "x.yaml")) == json.dumps(_dotted(plain))
+
+
+def test_what_json_lacks_or_a_user_broke_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    assert read_yaml(path) == {}
+    path.write_bytes(b'# mine\na: .inf\nb:\n  c: yes\n  d: "\\U0001F600 \\x41"\n  e: 2\n\xff\nf: "\\U0001f600"\n')
+    assert read_yaml(path) == {"b.e": 2, "f": "\U0001f600"}
+
+
+def test_every_option_of_a_run_is_read_again(tmp_path: Path) -> None:
+    plain = to_plain(RunConfig())
+    (tmp_path / "x.yaml").write_text(to_yaml(plain))
+    assert read_yaml(tmp_path / "x.yaml") == _dotted(plain)

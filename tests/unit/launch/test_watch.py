@@ -73,6 +73,15 @@ def test_the_heart_beats_at_once_and_after_every_interval(time: _Time) -> None:
     assert set(time.slept) == {0.25}
 
 
+def test_a_heart_that_is_paused_on_purpose_is_silent_for_so_long(time: _Time) -> None:
+    heart, board = _heart(time), _board()
+    heart.move_to(board)
+    heart.pause(2.0)
+    for second in (100.0, 102.0, 103.0):
+        time.tick()
+        assert board.read().beat_s == second
+
+
 def test_a_heart_without_a_board_waits_for_one(time: _Time) -> None:
     heart, board = _heart(time), _board()
     time.tick()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast import events as e
-from holdfast.launch.wording import TAG_COLUMNS, aligned, describe, duration, ending, size
+from holdfast.launch.wording import TAG_COLUMNS, aligned, describe, duration, ending, percent, size, span, table
 
 _AT = "12:34:56"
 
@@ -65,6 +65,46 @@ def test_values_stand_below_each_other_also_those_of_several_lines() -> None:
     assert aligned({}) == []
 
 
+def test_cells_of_a_table_stand_below_each_other_and_nothing_trails() -> None:
+    rows = [["", "AT", "STATE"], ["longer", "1", ""], ["a\x1b", "12345", "good"]]
+    assert table(rows, "  ") == ["          AT     STATE", "  longer  1", "  a\\x1b   12345  good"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (2e-5, "0.02 ms"),
+        (0.0997, "99.7 ms"),
+        (0.5, "500 ms"),
+        (0.9999, "1,000 ms"),
+        (1.0, "1 s"),
+        (59.4, "59.4 s"),
+        (90, "1.5 min"),
+        (3e5, "3.47 d"),
+        (365.25 * 86400 * 1234, "1,234 y"),
+        (math.inf, "never"),
+    ],
+)
+def test_a_span_has_three_digits_in_the_largest_unit_that_fits(seconds: float, words: str) -> None:
+    assert span(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.0, "0 %"),
+        (1.0, "100 %"),
+        (0.889, "88.9 %"),
+        (0.5, "50.0 %"),
+        (0.000028, "0.0028 %"),
+        (0.999972, "99.9972 %"),
+    ],
+)
+def test_a_share_shows_two_digits_of_the_smaller_side(share: float, words: str) -> None:
+    assert percent(share) == words
+
+
 def test_the_events_without_words_are_those_that_other_words_tell() -> None:
     kinds = {kind for kind in vars(e).values() if isinstance(kind, type) and issubclass(kind, e.Event)} - {e.Event}
     silent = {e.RunStarted("r1", 1, 3, "fresh"), e.EpochStarted(1, 3, -1), e.RunEnded("finished", 3, 1.0, 0, 0, 0)}
@@ -75,17 +115,26 @@ def test_the_events_without_words_are_those_that_other_words_tell() -> None:
         e.RecoveryPlanned(1, "keeper memory", 6, "it is complete"),
         e.RecoveryDone(1, 2, 7, 1.5, 0, 0, 1, 10, {}),
         e.Protection("full", "all spares are warm"),
+        e.WorldChanged(2, 3, 2, "node(s) 1 are not ready after 10 s"),
         e.CheckpointWritten(6, "step-00000006", 1000, 0.5),
         e.CheckpointRejected("step-00000006", "damaged"),
         e.Evaluated(6, 2.5, 1),
         e.Generated(6, "def"),
+        e.FaultInjected("sigkill", "worker", 1, 20, "step.begin", "chaos.faults: sigkill rank=1 step=20"),
+        e.SnapshotCost(9, 0.001, 0.003, 0.012, 0.02),
+        e.ProtectionFailed(1, "no memory for parity"),
+        e.SnapshotFailed(2, 7, "the disk is full"),
+        e.StepLeftOut(7, "loss=nan at step 7 is not finite", 6),
         e.StopRequested("SIGINT received"),
+        e.WorldChanged(3, 3, 2, "node 1 did not come back"),
     ]
     assert {type(event) for event in [*silent, *shown]} == kinds
     for event in shown:
         first, *more = describe(event, _AT)
         assert first[:TAG_COLUMNS].strip().isupper() and first[TAG_COLUMNS - 1] == " "
         assert all(line.startswith(" " * TAG_COLUMNS) for line in more)
+    (world,) = describe(e.WorldChanged(2, 3, 2, "node(s) 1 are not ready after 10 s"), _AT)
+    assert world == f"WORLD {_AT} from 3 ranks to 2: node(s) 1 are not ready after 10 s"
     assert describe(e.Evaluated(6, 2.5, 1), _AT) == [f"EVAL  {_AT} step 6: 2.500 bits/byte over 1 window"]
 
 
@@ -138,6 +187,14 @@ def test_the_end_is_one_line_with_what_is_known(event: e.RunEnded, bits_per_byte
     assert lines[0].startswith(head)
     assert lines[-1] == "NEXT  again"
     assert any("why" in line for line in lines) == (event.outcome != "finished")
+
+
+def test_what_was_broken_on_purpose_is_told_apart_from_faults() -> None:
+    event = e.RunEnded("finished", 300, 75.0, 1, 2, 0, "the goal is reached")
+    lines = ending(event, total_steps=300, bits_per_byte=None, facts={}, next_command="", injected=3)
+    assert lines[0].endswith("; 1 fault, 2 steps lost; 3 injected on purpose")
+    strike = e.FaultInjected("sigkill", "worker", 1, 20, "step.begin", "chaos.faults: sigkill rank=1 step=20")
+    assert describe(strike, _AT) == [f"CHAOS {_AT} step 20, on purpose: chaos.faults: sigkill rank=1 step=20"]
 
 
 def test_a_value_that_is_no_number_is_shown_as_it_is() -> None:

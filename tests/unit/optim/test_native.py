@@ -218,10 +218,11 @@ def test_a_forked_child_goes_on_with_threads_of_its_own() -> None:
 
 
 _WITHOUT = """
-import logging, sys, torch
+import torch
+from dataclasses import replace
 from pathlib import Path
 from holdfast.optim import native
-native.LIBRARY = Path("/nowhere/libholdfast_optim.so")
+native.NATIVE = replace(native.NATIVE, path=Path("/nowhere/libholdfast_optim.so"))
 from holdfast.optim import AdamW8bit
 p = torch.nn.Parameter(torch.ones(5000)); o = AdamW8bit([p])
 for _ in range(3):

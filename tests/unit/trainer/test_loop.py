@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 
 from holdfast import failpoints
-from holdfast.errors import Abort, InsufficientShards, InvariantViolation
+from holdfast.errors import Abort, InsufficientShards, InvariantViolation, NonFiniteStep, SnapshotError
 from holdfast.fault_tolerance.messages import Outcome
 from holdfast.fault_tolerance.snapshot import MemorySnapshotter
+from holdfast.trainer import loop
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.loop import Ending, Goal, Trainer
 from holdfast.trainer.observers import MemoryWatcher
 from holdfast.trainer.state import StateView, TrainState
 from holdfast.trainer.step import Communicator, Microbatch, StepParts
-from holdfast.types import Phase, RankState, StepReport
+from holdfast.types import CopyReport, Phase, RankState, StepReport
 from tests.support.tiny_training import (
     Alone,
     Journal,
@@ -180,33 +184,36 @@ def test_a_last_version_that_was_skipped_is_offered_again(
 ) -> None:
     rank = _Rank(4, snapshot_every=snapshot_every, skips=[4])
     assert rank.trainer.fit() is Ending.FINISHED
-    assert rank.snapshots.offered[-2:] == [4, 4]
+    assert rank.snapshots.offered.count(4) == 1
     assert rank.snapshots.committed[-1] == 4
     assert caplog.messages == []
 
 
-def test_only_the_rank_that_lacks_the_last_version_takes_it_again() -> None:
+def test_ranks_take_a_version_together_or_not_at_all() -> None:
     ranks = Threads(2)
-    members = [_Rank(3, comm=ranks), _Rank(3, comm=ranks, skips=[3])]
+    members = [_Rank(5, comm=ranks, skips=[2]), _Rank(5, comm=ranks, skips=[3, 5, 5, 5])]
     ranks.run(lambda number: members[number].trainer.fit())
-    assert [member.snapshots.offered for member in members] == [[1, 2, 3], [1, 2, 3, 3]]
-    assert [member.snapshots.committed for member in members] == [[1, 2, 3], [1, 2, 3]]
+    assert [member.snapshots.offered for member in members] == [[1, 4, 5]] * 2
+    assert [member.snapshots.committed for member in members] == [[1, 4, 5]] * 2
 
 
 def test_an_older_version_that_another_rank_lacks_does_not_stand_for_the_last_state() -> None:
     lacks, holds = (10.0, 5.0, 4.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0, 0.0)
-    rank = _Rank(3, snapshot_every=2, comm=Scripted(2, [lacks, lacks, lacks, holds]))
+    rank = _Rank(3, snapshot_every=2, comm=Scripted(2, [lacks, lacks, lacks, lacks, holds]))
     rank.trainer.fit()
     assert rank.snapshots.offered == [2, 3]
     assert rank.snapshots.committed == [3]
 
 
-def test_a_last_version_that_cannot_be_taken_is_told_and_the_one_before_stays(caplog: pytest.LogCaptureFixture) -> None:
-    rank = _Rank(4, skips=[4, 4])
+def test_a_last_version_that_cannot_be_taken_is_told_and_the_one_before_stays(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_ROOM_S", 3 * loop._LOOK_S)
+    rank = _Rank(4, skips=[4] * 4)
     with caplog.at_level(logging.WARNING):
         assert rank.trainer.fit() is Ending.FINISHED
     assert rank.snapshots.committed == [1, 2, 3]
-    assert caplog.messages == ["the last version, 4, is not complete on every rank"]
+    assert caplog.messages == ["the last version, 4, was not taken: a rank had no room for it"]
 
 
 def test_the_last_version_is_not_committed_when_another_rank_lacks_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -236,6 +243,14 @@ def test_a_restored_state_is_where_the_loop_goes_on() -> None:
     rank.trainer.fit()
     assert rank.noted("batch", "offer") == ["batch 4", "offer 5", "batch 5", "offer 6"]
     assert [(report.tokens, report.committed) for report in rank.watcher.reports] == [(45, 4), (50, 5)]
+
+
+def test_a_state_that_is_taken_over_becomes_a_version_of_its_own_before_the_first_step() -> None:
+    rank = _Rank(6, snapshot_every=4)
+    rank.trainer.restore(_Stored(), 5, take_over=True)
+    assert rank.snapshots.offered == [5], "whether or not its turn has come"
+    rank.trainer.fit()
+    assert rank.snapshots.committed[0] == 5
 
 
 def test_a_finished_run_that_is_resumed_is_finished_at_once() -> None:
@@ -405,3 +420,87 @@ def test_versions_never_go_back(undisturbed: _Run) -> None:
 def test_phases_of_a_run_follow_each_other(undisturbed: _Run) -> None:
     phases = [phase for phase, step in undisturbed.watcher.phases if step == 3]
     assert phases == [Phase.CAPTURE, Phase.EVALUATE, Phase.FORWARD_BACKWARD, Phase.FENCE, Phase.VOTE, Phase.UPDATE]
+
+
+# -- steps that are not finite ----------------------------------------------------------------------------------------
+
+
+class _Spoilt(TinyEngine):
+    """NaN in one step's loss, or infinite gradients after a finite loss, as often as the step is tried."""
+
+    quantity, step = "loss", 4
+
+    def watch(self, view: StateView) -> None:
+        self._view = view
+
+    @property
+    def _is_now(self) -> bool:
+        return self._view.train.step == self.step
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().loss(tokens, targets) * (math.nan if self._is_now and self.quantity == "loss" else 1.0)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        super().backward(loss * (math.inf if self._is_now and self.quantity == "gradient norm" else 1.0))
+
+
+def _spoilt_run(quantity: str, snapshot_every: int, *, max_left_out: int = 1) -> tuple[_Run, list[dict[str, object]]]:
+    run, notes = _Run(MemorySnapshotter(), snapshot_every=snapshot_every), list[dict[str, object]]()
+    run.engine.__class__ = _Spoilt
+    cast(_Spoilt, run.engine).watch(run.view)
+    run.engine.quantity = quantity  # type: ignore[attr-defined]
+    trainer = run.trainer
+    trainer._parts = replace(trainer._parts, note=notes.append)
+    trainer._goal = replace(trainer._goal, max_left_out=max_left_out)
+    trainer.restore(run.snapshots, -1)
+    return run, notes
+
+
+@pytest.mark.parametrize("snapshot_every", [1, 3])
+@pytest.mark.parametrize("quantity", ["loss", "gradient norm"])
+def test_a_step_that_is_not_finite_is_left_out_and_leaves_no_trace(quantity: str, snapshot_every: int) -> None:
+    wanted = _Run(MemorySnapshotter())
+    wanted.view.train.left_out.add(4)
+    wanted.trainer.restore(wanted.snapshots, -1)
+    wanted.trainer.fit()
+    run, notes = _spoilt_run(quantity, snapshot_every)
+    assert run.trainer.fit() is Ending.FINISHED
+    assert run.engine.bits() == wanted.engine.bits()
+    assert sorted(set(run.history())) == sorted(wanted.history())
+    version = 4 if snapshot_every == 1 else 3
+    assert [(n["event"], n["step"], n["version"]) for n in notes] == [("step_left_out", 4, version)]
+    assert quantity in str(notes[0]["reason"])
+
+
+def test_what_was_left_out_stays_out_after_a_restart() -> None:
+    run, _ = _spoilt_run("loss", 1)
+    run.trainer.fit()
+    again = _Run(run.snapshots)
+    again.trainer.restore(run.snapshots, run.snapshots.versions[-1])
+    assert again.view.train.left_out == {4}
+
+
+@pytest.mark.parametrize("quantity", ["loss", "gradient norm"])
+def test_without_leave_a_step_that_is_not_finite_is_a_fault(quantity: str) -> None:
+    run, _ = _spoilt_run(quantity, 1, max_left_out=0)
+    with pytest.raises(NonFiniteStep, match="step 4"):
+        run.trainer.fit()
+
+
+def test_snapshots_that_never_count_end_the_run_only_when_it_was_asked_for() -> None:
+    class Never(MemorySnapshotter):
+        def fence(self) -> CopyReport:
+            return CopyReport(super().fence().version, False, why_not="the disk is on fire")
+
+    notes: list[dict[str, object]] = []
+    run = _Run(Never())
+    run.trainer._parts = replace(run.trainer._parts, note=notes.append, rank=2)
+    run.trainer.restore(run.snapshots, -1)
+    run.trainer.fit()
+    assert notes[0] == {"event": "snapshot_failed", "rank": 2, "version": 0, "reason": "the disk is on fire"}
+    asked = _Run(Never())
+    asked.trainer._parts = replace(asked.trainer._parts, max_age_steps=3)
+    asked.trainer.restore(asked.snapshots, -1)
+    with pytest.raises(SnapshotError, match=r"no version since -1 counts.*snapshot\.max_age_steps=3"):
+        asked.trainer.fit()
+    assert asked.view.train.step == 3

@@ -27,6 +27,7 @@ from holdfast.events import (
     RunEnded,
     RunStarted,
     StopRequested,
+    WorldChanged,
 )
 from holdfast.trainer.config import TrackerConfig, TrackerName, WandbMode
 from holdfast.trainer.trackers import MemoryTracker, NullTracker, Tracker, WandbPlan, WandbTracker, build_tracker
@@ -256,11 +257,12 @@ def test_replayed_steps_overlay_on_train_step_and_no_step_is_passed(tmp_path: Pa
 def test_events_become_metrics_alerts_and_the_exit_code(tmp_path: Path, fake_wandb: Install) -> None:
     fake_wandb("")
     ended = RunEnded("failed", 9, 1.0, 1, 1, 93, "no progress")
-    _run(
-        _tracker(tmp_path), RunStarted("r", 1, 3, ""), _FAULT, _DONE, Evaluated(9, 2.31, 96), StopRequested("x"), ended
-    )
+    fewer = WorldChanged(2, 3, 2, "node(s) 1 are not ready after 10 s")
+    begun, stop = RunStarted("r", 1, 3, ""), StopRequested("x")
+    _run(_tracker(tmp_path), begun, _FAULT, fewer, _DONE, Evaluated(9, 2.31, 96), stop, ended)
     assert _calls(tmp_path, "alert") == [
         ["fault 1", "WARN"],
+        ["2 ranks instead of 3", "WARN"],
         ["recovered from fault 1", "INFO"],
         ["the run has failed", "ERROR"],
     ]

@@ -259,8 +259,8 @@ class Protector:
     def _pace(self, newest: int, now: float) -> None:
         """Look a few times for each version that comes."""
         if newest != self._filled_last:
-            between_s = (now - self._filled_s) / _LOOKS_PER_VERSION
-            self._pause_s = min(max(between_s, _POLL_S), _SLOWEST_POLL_S)
+            between_s = max((now - self._filled_s) / _LOOKS_PER_VERSION, _POLL_S)
+            self._pause_s = min(between_s, 2 * self._pause_s, _SLOWEST_POLL_S)  # one long wait means little
             self._filled_last, self._filled_s = newest, now
 
     def _filled(self, plan: ProtectionPlan) -> dict[int, dict[int, c.RankVote]]:

@@ -107,10 +107,11 @@ class ArenaSnapshotter:
         """The one that was begun last, until it is over and somebody has waited for it."""
         self._room: Buffer | None = None
         """Claimed for the next offer."""
+        self._no_room_for = -1
         self._is_open = False
         """A version was offered, and nobody has waited at the fence since."""
         self.skipped = 0
-        """Versions that were not taken because no buffer could be spared."""
+        """Versions for which no buffer could be spared when this was asked first."""
         self.failed = 0
         """Versions that were begun and did not become complete."""
 
@@ -123,9 +124,11 @@ class ArenaSnapshotter:
             self._room = self._claim(version)
         if self._room is not None and not is_stuck:
             return True
-        self.skipped += 1
-        why = "the last copy is stuck" if is_stuck else "every buffer is still needed"
-        logger.warning("version %d is skipped: %s", version, why)
+        if version != self._no_room_for:
+            self._no_room_for = version
+            self.skipped += 1
+            why = "the last copy is stuck" if is_stuck else "every buffer is still needed"
+            logger.warning("no room for version %d: %s", version, why)
         return False
 
     def offer(self, state: RankState, version: int) -> bool:

@@ -124,6 +124,7 @@ class RankRun:
             epoch=epoch,
             rank=comm.rank,
             note=note,
+            persist_every=options.snapshot.persist_every_steps,
             max_age_steps=options.snapshot.max_age_steps,
         )
         self.trainer = Trainer(self.view, parts, self._training, self._goal())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -12,15 +11,23 @@ from typing import Protocol
 from holdfast import failpoints
 from holdfast.errors import NonFiniteStep
 from holdfast.trainer.state import StateView
-from holdfast.trainer.step import Microbatch, Pending, StepParts, fence, offer, pass_over, take, train_step, vote
+from holdfast.trainer.step import (
+    Microbatch,
+    Pending,
+    StepParts,
+    await_room,
+    fence,
+    offer,
+    pass_over,
+    take,
+    train_step,
+    vote,
+)
 from holdfast.types import Phase, RankState
 
 __all__ = ["Ending", "Goal", "Restorer", "Trainer"]
 
 logger = logging.getLogger(__name__)
-
-_ROOM_S, _LOOK_S = 30.0, 0.02
-"""Patience with keepers that are slow to make room for the last version, and between two looks."""
 
 
 class Ending(str, Enum):
@@ -129,19 +136,12 @@ class Trainer:
         step, pending = self._view.train.step, self._pending
         if pending.restored == step:
             return ending  # a finished run that was resumed
-        if pending.version != step and not self._take_when_there_is_room(step):
-            logger.warning("the last version, %d, was not taken: a rank had no room for it", step)
-            return ending
+        if pending.version != step:
+            if not await_room(self._parts, pending, step, step):
+                logger.warning("the last version, %d, was not taken: a rank had no room for it", step)
+                return ending
+            take(self._view, self._parts, pending)
         fence(self._parts, pending, step)
         if not vote([0.0, 0.0, 0.0], self._parts, pending, step).is_held_by_all:
             logger.warning("the last version, %d, is not complete on every rank", step)
         return ending
-
-    def _take_when_there_is_room(self, step: int) -> bool:
-        """Collective. Keepers may still be at work on older versions; all ranks lose patience after as many looks."""
-        for _ in range(round(_ROOM_S / _LOOK_S)):
-            if vote([0.0, 0.0, 0.0], self._parts, self._pending, step, wanted=step).has_room:
-                take(self._view, self._parts, self._pending)
-                return True
-            time.sleep(_LOOK_S)
-        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "Snapshots",
     "StepParts",
     "Verdict",
+    "await_room",
     "fence",
     "offer",
     "pass_over",
@@ -32,6 +33,9 @@ __all__ = [
     "train_step",
     "vote",
 ]
+
+ROOM_S, LOOK_S = 30.0, 0.02
+"""Patience with keepers that are slow to make room for a version that must be taken, and between two looks."""
 
 Microbatch = tuple[Tensor, Tensor, int]
 """Tokens [B, T] int64, targets [B, T] int64, number of targets that are bytes."""
@@ -94,6 +98,8 @@ class StepParts:
     rank: int = 0
     note: Note = lambda _: None
     """Tell the driver of something besides steps: ``event`` and its fields."""
+    persist_every: int = 0
+    """Versions that are multiples become durable checkpoints: the step waits until every rank has room for them."""
     max_age_steps: int = 0
     """Steps that the newest committed version may be old; 0 does not look."""
 
@@ -138,7 +144,7 @@ def train_step(
     sums = _forward_backward(batch, parts.engine)
     failpoints.hit("step.after_backward", step)
     copied = fence(parts, pending, step)
-    verdict = vote(sums, parts, pending, step, wanted=_next_version(parts, step))
+    verdict = _wait_if_due(vote(sums, parts, pending, step, wanted=_next_version(parts, step)), parts, pending, step)
     _refuse_old_age(parts, pending, step)
     if not math.isfinite(verdict.loss):
         raise NonFiniteStep(step, verdict.loss)
@@ -173,9 +179,27 @@ def pass_over(view: StateView, parts: StepParts, pending: Pending) -> bool:
     step = view.train.step
     fence(parts, pending, step)
     verdict = vote([0.0, 0.0, 0.0], parts, pending, step, wanted=_next_version(parts, step))
+    verdict = _wait_if_due(verdict, parts, pending, step)
     view.train.advance(0)
     offer(view, parts, pending, has_room=verdict.has_room)
     return verdict.stop
+
+
+def _wait_if_due(verdict: Verdict, parts: StepParts, pending: Pending, step: int) -> Verdict:
+    """Collective. A version that is to become a durable checkpoint is not skipped because keepers are slow."""
+    wanted = _next_version(parts, step)
+    if verdict.has_room or not parts.persist_every or wanted % parts.persist_every:
+        return verdict
+    return replace(verdict, has_room=await_room(parts, pending, step, wanted))
+
+
+def await_room(parts: StepParts, pending: Pending, step: int, wanted: int) -> bool:
+    """Collective. Wait until every rank can take version ``wanted``; all lose patience after as many looks."""
+    for _ in range(round(ROOM_S / LOOK_S)):
+        if vote([0.0, 0.0, 0.0], parts, pending, step, wanted=wanted).has_room:
+            return True
+        time.sleep(LOOK_S)
+    return False
 
 
 def _next_version(parts: StepParts, step: int) -> int:

@@ -15,7 +15,7 @@ from holdfast import failpoints
 from holdfast.errors import Abort, InsufficientShards, InvariantViolation, NonFiniteStep, SnapshotError
 from holdfast.fault_tolerance.messages import Outcome
 from holdfast.fault_tolerance.snapshot import MemorySnapshotter
-from holdfast.trainer import loop
+from holdfast.trainer import step
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.loop import Ending, Goal, Trainer
 from holdfast.trainer.observers import MemoryWatcher
@@ -205,10 +205,19 @@ def test_an_older_version_that_another_rank_lacks_does_not_stand_for_the_last_st
     assert rank.snapshots.committed == [3]
 
 
+def test_a_version_that_becomes_a_checkpoint_is_waited_for() -> None:
+    ranks = Threads(2)
+    members = [_Rank(5, comm=ranks), _Rank(5, comm=ranks, skips=[2, 3, 4, 4, 4])]
+    for member in members:
+        member.trainer._parts = replace(member.trainer._parts, persist_every=2)
+    ranks.run(lambda number: members[number].trainer.fit())
+    assert [member.snapshots.offered for member in members] == [[1, 2, 4, 5]] * 2
+
+
 def test_a_last_version_that_cannot_be_taken_is_told_and_the_one_before_stays(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_ROOM_S", 3 * loop._LOOK_S)
+    monkeypatch.setattr(step, "ROOM_S", 3 * step.LOOK_S)
     rank = _Rank(4, skips=[4] * 4)
     with caplog.at_level(logging.WARNING):
         assert rank.trainer.fit() is Ending.FINISHED

@@ -30,7 +30,14 @@ hypothesis.settings.register_profile("holdfast", deadline=None, derandomize="CI"
 hypothesis.settings.load_profile("holdfast")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sweep", action="store_true", help="also kill processes at every named failpoint: minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items if not config.getoption("--sweep") else ():
+        if item.get_closest_marker("sweep"):
+            item.add_marker(pytest.mark.skip(reason="needs --sweep"))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_cuda():
         for item in gpu:

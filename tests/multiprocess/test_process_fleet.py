@@ -96,7 +96,7 @@ def _all_gone(pids: Sequence[int], within_s: float = _DEADLINE_S) -> bool:
 def test_a_started_process_is_another_one_on_this_host_and_says_when_it_is_ready(fleet: ProcessFleet) -> None:
     first, second = _answer(fleet, fleet.start(_keeper(0), 0, _spec(0))), _start(fleet, 1)[0]
     assert first.target == _keeper(0)
-    assert first.result == {"pid": first.result["pid"], "host": socket.gethostname()}  # type: ignore[index]  # JSON
+    assert first.result == {"pid": first.result["pid"], "host": socket.gethostname(), "address": ""}  # type: ignore[index]  # JSON
     assert len({os.getpid(), first.result["pid"], second}) == 3  # type: ignore[index]  # JSON
     assert list(fleet.hosts(3)) == ["localhost"] * 3
 

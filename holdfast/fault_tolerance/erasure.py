@@ -5,8 +5,8 @@ data, to the byte. Blocks are contiguous uint8 arrays ``[n_bytes]`` of one lengt
 release the GIL while they compute and may run in several threads at once.
 
 :func:`parity` and :func:`decode` work best on chunks that fit a core's L2 cache: the result is written once per block,
-and only the blocks themselves should come from memory. :func:`parity_of_blocks` and :func:`decode_blocks` cut long
-blocks into such chunks and share them out over threads.
+and only the blocks themselves should come from memory. :func:`parity_of_blocks` cuts long blocks into such chunks and
+shares them out over threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import zfec
 
 from holdfast.errors import InsufficientShards, InvariantViolation
 
-__all__ = ["CHUNK_BYTES", "decode", "decode_blocks", "parity", "parity_of_blocks"]
+__all__ = ["CHUNK_BYTES", "decode", "parity", "parity_of_blocks"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -87,26 +87,6 @@ def parity_of_blocks(
 
     def work(part: slice) -> None:
         parity([block[part] for block in blocks], index, m, out[part])
-
-    _in_chunks(work, size, pool, threads, chunk_bytes)
-
-
-def decode_blocks(
-    shares: Mapping[int, Bytes],
-    missing: Sequence[int],
-    k: int,
-    m: int,
-    out: Sequence[Bytes],
-    pool: Executor,
-    *,
-    threads: int,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> None:
-    """:func:`decode` of long blocks into ``out``; ``pool`` and ``threads`` as in :func:`parity_of_blocks`."""
-    size = _common_size([*shares.values(), *out])
-
-    def work(part: slice) -> None:
-        decode({number: s[part] for number, s in shares.items()}, missing, k, m, [block[part] for block in out])
 
     _in_chunks(work, size, pool, threads, chunk_bytes)
 

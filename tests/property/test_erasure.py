@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import InsufficientShards, InvariantViolation
-from holdfast.fault_tolerance.erasure import decode, decode_blocks, parity, parity_of_blocks
+from holdfast.fault_tolerance.erasure import decode, parity, parity_of_blocks
 from holdfast.fault_tolerance.stripes import StripeLayout
 
 Bytes = npt.NDArray[np.uint8]
@@ -208,8 +208,7 @@ def test_long_blocks_in_chunks_give_what_whole_blocks_give(
         assert out.tobytes() == parity(blocks, index, m).tobytes()
     missing = list(range(min(k, m)))
     shares = {number: share for number, share in enumerate([*blocks, *outs]) if number not in missing}
-    restored = [np.full(size, 7, dtype=np.uint8) for _ in missing]
-    decode_blocks(shares, missing, k, m, restored, pool, threads=threads, chunk_bytes=chunk_bytes)
+    restored = decode(shares, missing, k, m)
     assert [block.tobytes() for block in restored] == [blocks[number].tobytes() for number in missing]
 
 

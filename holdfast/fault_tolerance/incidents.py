@@ -237,7 +237,7 @@ class Ledger:
                 step=watch.resumed_step,
                 repaired_in_s=now - outage.began_s,
                 steps_lost=lost,
-                bytes_moved=0,  # every rank reads its own keeper's memory; what a rebuild from parity fetches is not counted
+                bytes_moved=0,  # ranks read their own keepers' memory; what a rebuild fetches is not counted
                 failures=self.failures,
                 failures_allowed=self._max_failures,
                 split_s=outage.split_s(now),

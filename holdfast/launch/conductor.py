@@ -38,6 +38,8 @@ _POLL_S = 0.05
 _PULSE_S = 0.1
 _DRAIN_S = 1.0
 _LAST_WORDS_S = 2.0
+_SAVE_TRIES, _SAVE_PAUSE_S = 3, 1.0
+"""Of the last checkpoint, which nothing comes after: a storage that fails once may be back a moment later."""
 _NO_ANSWER_S = 60.0
 """Deadline of a keeper's or worker's answer to anything but training."""
 
@@ -584,13 +586,17 @@ class Conductor:
         """Whoever asked the run to stop does not wait long; nor does one who asks only now."""
         recovery, began_s = self._config.recovery, self._clock.now()
         end = began_s + (recovery.stop_grace_s if is_urgent else recovery.step_timeout_s)
-        self._durable.persist_newest(self._calls, self._roster.nodes, self._keeper_of, deadline_s=end)
-        while not self._durable.is_idle:
+        tries, again_s = 0, began_s
+        while not (self._durable.is_idle and tries and (tries == _SAVE_TRIES or not self._durable.last_error)):
+            now = self._clock.now()
+            if now > end:
+                return self._durable.give_up(f"not written after {now - began_s:.1f} s")
+            if self._durable.is_idle and now >= again_s:
+                self._durable.persist_newest(self._calls, self._roster.nodes, self._keeper_of, deadline_s=end)
+                tries, again_s = tries + 1, now + _SAVE_PAUSE_S
             self._turn()
             if self._stop_reason is not None and not is_urgent:
-                is_urgent, end = True, min(end, self._clock.now() + recovery.stop_grace_s)
-            if self._clock.now() > end:
-                self._durable.give_up(f"not written after {self._clock.now() - began_s:.1f} s")
+                is_urgent, end = True, min(end, now + recovery.stop_grace_s)
 
 
 _NOTES: Mapping[str, Callable[..., Event]] = {

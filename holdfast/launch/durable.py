@@ -68,6 +68,8 @@ class DurableTier:
         self._damaged: dict[str, str] = {}
         """What must not be used and is still in the way of a new checkpoint, with the reason."""
         self._failed_step = -1
+        self.last_error = ""
+        """Why the newest try to write a checkpoint failed; empty if it did not."""
         self._clock = clock or SystemClock()
         self._due_s = self._next_due_s()
 
@@ -241,7 +243,7 @@ class DurableTier:
                 for rank, versions in cast(Mapping[str, Any], answer)["held"].items()
             }
             version = newest_common(held, self._world)
-            self._writing = None
+            self._writing, self.last_error = None, ""
             if version is not None and version > max(self.newest_step, 0):
                 self._persist(version, calls, keeper_of, deadline_s)
 
@@ -253,7 +255,7 @@ class DurableTier:
         )
 
     def _persist(self, step: int, calls: Calls, keeper_of: KeeperOf, deadline_s: float) -> None:
-        self._writing = writing = _Writing(step, self._clock.now())
+        self._writing, self.last_error = (writing := _Writing(step, self._clock.now())), ""
         self._put_aside(step)
         self._make_room()
         directory, receipts = checkpoint.directory(step), dict[int, Mapping[str, Any]]()
@@ -319,7 +321,7 @@ class DurableTier:
     def _failed(self, step: int, reason: str) -> None:
         """A failed checkpoint is an event, not the end: the memory tier still holds the state."""
         logger.warning("checkpoint of step %d was not written: %s", step, reason)
-        self._failed_step = max(self._failed_step, step)
+        self._failed_step, self.last_error = max(self._failed_step, step), reason
         self._events.emit(CheckpointRejected(checkpoint.directory(step) if step >= 0 else "newest", reason))
 
 

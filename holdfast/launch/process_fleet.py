@@ -94,9 +94,14 @@ class _Unbuilt:
         """There is nothing to free."""
 
 
-def _run(role: str, spec: str, pipe: Connection) -> None:
-    """Body of every process. Never returns: threads that are busy, or blocked for good, must not keep it alive."""
+def _run(role: str, spec: str, environment: Mapping[str, str], pipe: Connection) -> None:
+    """Body of every process. Never returns: threads that are busy, or blocked for good, must not keep it alive.
+
+    The fork server has the environment of the driver's first run; credentials and paths may have changed since.
+    """
     try:
+        os.environ.clear()
+        os.environ.update(environment)
         _leave_wishes_to_driver(Role(role))
         serve(_build(role, spec), pipe)
     except BaseException:
@@ -143,7 +148,10 @@ class ProcessFleet:
         ours, theirs = multiprocessing.Pipe()
         name = f"holdfast-{target.role.value}-{target.number}"
         process = self._context.Process(
-            target=_run, args=(target.role.value, json.dumps(dict(spec)), theirs), name=name, daemon=False
+            target=_run,
+            args=(target.role.value, json.dumps(dict(spec)), dict(os.environ), theirs),
+            name=name,
+            daemon=False,
         )
         _limit_waiting(ours)
         self._members[target] = _Member(process, ours)

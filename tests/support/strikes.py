@@ -148,11 +148,11 @@ def _count(folder: Path, strikes: int) -> int:
 # -- in a worker or a keeper ------------------------------------------------------------------------------------------
 
 
-def _run(folder: str, role: str, spec: str, pipe: Connection) -> None:
+def _run(folder: str, role: str, spec: str, environment: Mapping[str, str], pipe: Connection) -> None:
     """Body of a process, in place of the fleet's own."""
     witness = _Witness(Path(folder), Role(role))
     (_watch_worker if witness.role is Role.WORKER else _watch_keeper)(witness, json.loads(spec))
-    process_fleet._run(role, spec, pipe)
+    process_fleet._run(role, spec, environment, pipe)
 
 
 class _Witness:
@@ -206,10 +206,10 @@ def _watch_worker(witness: _Witness, spec: Mapping[str, Any]) -> None:
     attach, make, views = WorkerHost.attach, StateView.__init__, list["weakref.ref[StateView]"]()
     hosts = list[WorkerHost]()
 
-    def attached(self: WorkerHost, rank: int, ref: Mapping[str, object]) -> None:
+    def attached(self: WorkerHost, rank: int, *args: Any) -> None:
         witness.be(rank)
         hosts[:] = [self]
-        attach(self, rank, ref)
+        attach(self, rank, *args)
 
     def made(self: StateView, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)

@@ -852,6 +852,22 @@ def test_a_stop_without_a_place_to_save_to_ends_within_its_grace(run: _Run) -> N
     assert run.config.recovery.stop_grace_s - 1 < run.clock.now() - began < run.config.recovery.stop_grace_s + 10
 
 
+@pytest.mark.parametrize(("failures", "saved"), [(1, [6]), (2, [6]), (3, [])])
+def test_the_last_checkpoint_is_tried_again_because_nothing_comes_after_it(
+    run: _Run, failures: int, saved: list[int]
+) -> None:
+    def story() -> Story:
+        yield from run.training(1)
+        run.fleet.train(6)
+        run.fleet.finish(step=6)
+        for _ in range(failures):
+            run.fleet.errors[_keeper(1), "persist"] = "SnapshotError: the connection broke"
+            yield from run.until(lambda: not run.fleet.errors)
+
+    verdict = run.play(story)
+    assert (verdict.outcome, run.on_disk()) == ("finished", saved)
+
+
 def test_a_wish_to_stop_shortens_the_last_save_of_a_finished_run(run: _Run) -> None:
     def story() -> Story:
         yield from run.training(1)

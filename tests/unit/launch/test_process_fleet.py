@@ -204,7 +204,7 @@ def _run_alone(monkeypatch: pytest.MonkeyPatch, host: object) -> None:
     ours, theirs = Pipe()
     ours.close()
     with pytest.raises(_Exited):
-        process_fleet._run("keeper", "{}", theirs)
+        process_fleet._run("keeper", "{}", os.environ.copy(), theirs)
     theirs.close()
 
 
@@ -212,6 +212,20 @@ def test_a_process_ends_well_when_its_driver_is_gone(monkeypatch: pytest.MonkeyP
     host = _Host()
     _run_alone(monkeypatch, host)
     assert (exit_code, host.hung_up) == ([0], 1)
+
+
+def test_a_process_has_the_environment_that_its_driver_has_now(
+    monkeypatch: pytest.MonkeyPatch, exit_code: list[int]
+) -> None:
+    seen = dict[str, str]()
+    environment = {**os.environ, "AWS_ACCESS_KEY_ID": "renewed"}
+    monkeypatch.setattr(os, "environ", {"OF_THE_FORK_SERVER": "1"})
+    monkeypatch.setattr(process_fleet, "make_host", lambda role, spec: seen.update(os.environ) or _Host())
+    ours, theirs = Pipe()
+    ours.close()
+    with pytest.raises(_Exited):
+        process_fleet._run("keeper", "{}", environment, theirs)
+    assert (seen, exit_code) == (environment, [0])
 
 
 def test_a_process_that_cannot_hang_up_ends_all_the_same(
@@ -240,7 +254,7 @@ def test_a_host_that_cannot_be_built_says_why_when_it_is_asked(exit_code: list[i
 
 def _until_exited(pipe: Connection) -> None:
     with pytest.raises(_Exited):
-        process_fleet._run("keeper", "{}", pipe)
+        process_fleet._run("keeper", "{}", os.environ.copy(), pipe)
 
 
 # -- the driver's side ------------------------------------------------------------------------------------------------

@@ -1,17 +1,18 @@
 # `make train` and `make test` do everything on a machine that has Python 3.10 or newer.
 
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 
-KERNELS := $(wildcard holdfast/native_build.py holdfast/*/build_kernels.py holdfast/*/kernels/*.cpp holdfast/*/kernels/*.h)
+KERNELS := $(wildcard holdfast/native_build.py holdfast/kernels/*.h holdfast/*/build_kernels.py holdfast/*/kernels/*.cpp holdfast/*/kernels/*.h)
 
 .PHONY: train test sweep check setup kernels wheel clean
 
 train: .venv/stamp  ## set up, then train the main job
 	$(BIN)/holdfast train experiment=main_job $(ARGS)
 
-test: .venv/stamp  ## set up, then run the whole suite; one part of it: make test ARGS=tests/unit
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/stamp  ## set up, then run the whole suite in two processes; one part of it: make test ARGS=tests/unit
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --no-loadscope-reorder $(ARGS)
 
 sweep: .venv/stamp  ## SIGKILL at every named failpoint, all ZeRO stages; one of them: make sweep ARGS="--stages 2"
 	PYTHONPATH=. $(BIN)/python benchmarks/crash_sweep.py $(ARGS)

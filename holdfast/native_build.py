@@ -2,7 +2,8 @@
 
 Every library is made of the same parts: ``engine.cpp``, compiled once for each instruction set; ``library.cpp``, which
 exports functions named ``holdfast_*`` and is told the digest of all sources; and whatever else there is, once. A
-package has such a library and a command that builds it in a module ``build_kernels``.
+package has such a library and a command that builds it in a module ``build_kernels``. Headers that they share are in
+``holdfast/kernels``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["FLAGS_OF", "KernelsNotBuilt", "NativeLibrary", "compile_library", "find_compiler", "known_to", "main"]
+__all__ = [
+    "FLAGS_OF",
+    "SHARED",
+    "IsaChoice",
+    "KernelsNotBuilt",
+    "NativeLibrary",
+    "compile_library",
+    "find_compiler",
+    "known_to",
+    "main",
+]
+
+SHARED = Path(__file__).parent / "kernels"
+"""Headers that are a part of every library."""
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 FLAGS_OF: dict[str, tuple[str, ...]] = {
@@ -74,7 +89,8 @@ class NativeLibrary:
     """What is to be expected without it, for those who install it: a sentence."""
 
     def sources(self) -> list[Path]:
-        return sorted((*self.kernels.glob("*.cpp"), *self.kernels.glob("*.h")))
+        own = sorted((*self.kernels.glob("*.cpp"), *self.kernels.glob("*.h")))
+        return [*sorted(SHARED.glob("*.h")), *own]
 
     def digest(self) -> str:
         """Of the sources and the flags: what a library holds as a string that was built from just these."""
@@ -125,6 +141,28 @@ class NativeLibrary:
         except OSError as error:
             raise KernelsNotBuilt(f"{target} cannot be written: {error}") from error
         return known
+
+
+class IsaChoice:
+    """Which instruction set the calls of a library take: the best one, unless somebody insists on another."""
+
+    def __init__(self, best: Callable[[], str | None]) -> None:
+        """``best``: the fastest that library and processor have; None without the library."""
+        self._best = best
+        self._insisted: list[str | None] = []
+
+    def current(self) -> str | None:
+        """None: do without the library."""
+        return self._insisted[-1] if self._insisted else self._best()
+
+    @contextmanager
+    def using(self, isa: str | None) -> Iterator[None]:
+        """Inside, :meth:`current` is this one, in every thread. For tests and measurements."""
+        self._insisted.append(isa)
+        try:
+            yield
+        finally:
+            self._insisted.pop()
 
 
 class _Unit(NamedTuple):
@@ -194,7 +232,7 @@ def _units(library: NativeLibrary, isas: Sequence[str]) -> list[_Unit]:
 
 def _compile(library: NativeLibrary, compiler: Sequence[str], unit: _Unit, directory: Path) -> Path:
     out = directory / f"{unit.name}.o"
-    command = [*compiler, *_FLAGS, *unit.flags, "-c", unit.source, "-o", str(out)]
+    command = [*compiler, *_FLAGS, f"-I{SHARED}", *unit.flags, "-c", unit.source, "-o", str(out)]
     _run(command, library.kernels, f"the compilation of {unit.name}")
     return out
 

@@ -37,7 +37,7 @@ PACKAGE = ROOT / "holdfast"
 KERNELS = (
     PACKAGE / "native_build.py",
     *sorted(PACKAGE.glob("*/build_kernels.py")),
-    *sorted(PACKAGE.glob("*/kernels/*.[ch]*")),
+    *sorted(PACKAGE.glob("**/kernels/*.[ch]*")),
 )
 WITHOUT_KERNELS = {
     "optim": "the optimizer takes plain torch operations on CPUs",

@@ -7,6 +7,7 @@ import signal
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch: results to the bit need one order of summation.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,18 +31,25 @@ hypothesis.settings.register_profile("holdfast", deadline=None, derandomize="CI"
 hypothesis.settings.load_profile("holdfast")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sweep", action="store_true", help="also kill processes at every named failpoint: minutes")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items if not config.getoption("--sweep") else ():
-        if item.get_closest_marker("sweep"):
-            item.add_marker(pytest.mark.skip(reason="needs --sweep"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_cuda():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes run the tests, each takes whole modules, for the sake of their fixtures, in the order in
+    which they were collected: the long ones come first. What starts Ray runs one after the other."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Modules(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return "ray" if "/test_ray" in module else module
+
+    return Modules(config, log)
 
 
 def _has_cuda() -> bool:
@@ -53,15 +61,29 @@ def _has_cuda() -> bool:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The session fails when something it started is still there. Processes are then ended; the memory is left as it
     is, because another session on this host may be about to open it."""
-    processes, memory = leftovers.wait_for_end(_SESSION, _MEMORY_BEFORE, _GRACE_S)
-    left = [f"process {pid}: {command}" for pid, command in sorted(processes.items())]
-    left += [f"shared memory: /dev/shm/{name}" for name in sorted(memory)]
-    session.config.stash[_LEFT] = left
+    left = session.config.stash.setdefault(_LEFT, [])
+    output = getattr(session.config, "workeroutput", None)  # of a process that runs a share of the tests
+    if output is not None or session.config.getoption("dist", "no") == "no":
+        left += _what_is_left()
+    if output is not None:
+        output["left"] = left
     if left and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """pytest-xdist: a process that ran a share of the tests has ended."""
+    node.config.stash.setdefault(_LEFT, []).extend(getattr(node, "workeroutput", {}).get("left", []))
+
+
+def _what_is_left() -> list[str]:
+    processes, memory = leftovers.wait_for_end(_SESSION, _MEMORY_BEFORE, _GRACE_S)
     for pid in processes:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    left = [f"process {pid}: {command}" for pid, command in sorted(processes.items())]
+    return left + [f"shared memory: /dev/shm/{name}" for name in sorted(memory)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -24,7 +24,9 @@ from holdfast.fault_tolerance import chaos, strikes
 from holdfast.fault_tolerance.arena import Arena
 from holdfast.fault_tolerance.buffer import BufferState
 from holdfast.fault_tolerance.checkpoint import read_rank, write_rank
-from holdfast.fault_tolerance.commit import CommitRecord, Outcome, from_json, to_json
+from holdfast.fault_tolerance.commit import CommitRecord
+from holdfast.fault_tolerance.commit_json import from_json, to_json
+from holdfast.fault_tolerance.commit_outcome import Outcome
 from holdfast.fault_tolerance.damage import flip_bit
 from holdfast.fault_tolerance.holdings import Holdings
 from holdfast.fault_tolerance.impairment import STORAGE

@@ -23,6 +23,10 @@ from holdfast.errors import InsufficientShards, ManifestMismatch, ShardCorrupt, 
 from holdfast.fault_tolerance import commit as c
 from holdfast.fault_tolerance.arena import Arena
 from holdfast.fault_tolerance.buffer import Buffer, BufferState, Bytes, Slot
+from holdfast.fault_tolerance.commit_coordinator import Coordinator
+from holdfast.fault_tolerance.commit_json import from_json, to_json
+from holdfast.fault_tolerance.commit_outcome import Outcome, Report
+from holdfast.fault_tolerance.commit_participant import Participant
 from holdfast.fault_tolerance.lanes import ProtectionPlan
 from holdfast.fault_tolerance.manifest import Manifest, clear_gaps, damaged_slices, digest
 from holdfast.fault_tolerance.parity import ParityStore, encode, rebuild
@@ -96,8 +100,8 @@ class Protector:
         self._node, self._arenas, self._links, self._parity_ratio = node, arenas, links, parity_ratio
         self._find_memory, self._let_go = find, let_go
         self._timing = timing or c.Timing()
-        self._participant = c.Participant(node, timing=self._timing)
-        self._coordinator: c.Coordinator | None = None
+        self._participant = Participant(node, timing=self._timing)
+        self._coordinator: Coordinator | None = None
         self._plan: ProtectionPlan | None = None
         self._fence_epoch = 0
         self._stores: dict[int, ParityStore] = {}
@@ -125,7 +129,7 @@ class Protector:
             if self._plan is not None and self._plan.epoch < epoch:
                 self._plan = None
 
-    def report(self) -> c.Report:
+    def report(self) -> Report:
         """What this keeper knows of outcomes. After :meth:`fence`."""
         with self._lock:
             return self._participant.report(self._complete_keys())
@@ -141,7 +145,7 @@ class Protector:
             self._commits = 0  # perhaps not any more
             self._do(self._participant.forget_above(version))
 
-    def begin(self, plan: ProtectionPlan, outcome: c.Outcome) -> None:
+    def begin(self, plan: ProtectionPlan, outcome: Outcome) -> None:
         """The epoch of ``plan`` starts; ``outcome`` is what became of everything before."""
         with self._lock:
             if plan.epoch < self._fence_epoch:
@@ -153,7 +157,7 @@ class Protector:
             self._make_stores(plan)
             if members[0] == self._node:
                 base = max(plan.version - 1, -1)
-                self._coordinator = c.Coordinator(plan.epoch, members, plan.world, base=base, timing=self._timing)
+                self._coordinator = Coordinator(plan.epoch, members, plan.world, base=base, timing=self._timing)
             for arena in self._arenas().values():
                 arena.board.is_protected = True
 
@@ -185,7 +189,7 @@ class Protector:
             raise
 
     def _is_damaged(self, rank: int, record: c.CommitRecord, plan: ProtectionPlan) -> bool:
-        request = {"what": "damage", "rank": rank, "record": c.to_json(record)}
+        request = {"what": "damage", "rank": rank, "record": to_json(record)}
         node = plan.node_of(rank)
         damage = self.examine(request) if node == self._node else self._links.ask(node, request)
         for line in damage:
@@ -201,7 +205,7 @@ class Protector:
 
     def hear(self, message: Mapping[str, object]) -> None:
         """A message of the commit protocol. Raises: ManifestMismatch for anything else."""
-        spoken = c.from_json(message)
+        spoken = from_json(message)
         with self._lock:
             self._deliver(spoken)
 
@@ -219,7 +223,7 @@ class Protector:
 
     def examine(self, request: Mapping[str, Any]) -> list[str]:
         """What is wrong with this node's copy and parity of a recorded version, in words."""
-        record = cast(c.CommitRecord, c.from_json(request["record"]))
+        record = cast(c.CommitRecord, from_json(request["record"]))
         rank = request["rank"]
         try:
             parity = self._store_of(rank, record.key).damage(record)
@@ -298,7 +302,7 @@ class Protector:
             return
         if isinstance(send.message, c.Commit):
             failpoints.hit("keeper.after_record", send.message.record.version)
-        self._links.say(send.node, c.to_json(send.message))
+        self._links.say(send.node, to_json(send.message))
 
     def _deliver(self, message: object) -> None:
         now = time.monotonic()

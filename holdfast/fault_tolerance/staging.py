@@ -25,7 +25,6 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -35,6 +34,7 @@ import xxhash
 from holdfast.errors import InvariantViolation
 from holdfast.fault_tolerance.buffer import Bytes
 from holdfast.fault_tolerance.build_kernels import NATIVE
+from holdfast.native_build import IsaChoice
 
 __all__ = ["CHUNK_BYTES", "Control", "Fence", "StagingTable", "isas", "stage", "using"]
 
@@ -153,7 +153,7 @@ def stage(
     if low_priority:
         _lower_priority()
     course = _Course(control or Control(), fence, max_bytes_per_s, max(chunk_bytes, 1))
-    isa = _forced[-1] if _forced else _best()
+    isa = _choice.current()
     return _stage_by_numpy(table, target, course) if isa is None else _stage_natively(isa, table, target, course)
 
 
@@ -220,19 +220,7 @@ def _memory_at(address: int, size: int) -> Bytes:
 # -- C++ ----------------------------------------------------------------------------------------------------------
 
 _ISAS = NATIVE.isas
-"""From slow to fast, numbered as in ``kernels/library.cpp``."""
-
-_forced: list[str | None] = []
-
-
-@contextmanager
-def using(isa: str | None) -> Iterator[None]:
-    """Inside, calls from any thread use this instruction set, or NumPy for None. For tests and measurements."""
-    _forced.append(isa)
-    try:
-        yield
-    finally:
-        _forced.pop()
+"""From slow to fast, numbered as in ``dispatch.h``."""
 
 
 def isas() -> list[str]:
@@ -288,6 +276,11 @@ def _best() -> str | None:
         _loaded(),
     )
     return None
+
+
+_choice = IsaChoice(_best)
+using = _choice.using
+"""``with using(isa)``: calls of any thread use this instruction set, or NumPy for None. For tests and measurements."""
 
 
 @cache

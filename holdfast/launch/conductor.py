@@ -10,46 +10,35 @@ from typing import Any, cast
 
 from holdfast.clock import Clock
 from holdfast.configs.schema import RunConfig
-from holdfast.errors import SnapshotError
-from holdfast.events import Evaluated, Event, EventSink, ProtectionFailed, SnapshotFailed, StepLeftOut
-from holdfast.fault_tolerance import chaos, strikes
+from holdfast.events import EventSink, ProtectionFailed
 from holdfast.fault_tolerance import messages as m
-from holdfast.fault_tolerance.damage import damage_checkpoint
-from holdfast.fault_tolerance.impairment import STORAGE
 from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
 from holdfast.fault_tolerance.policy import DO_NOT_RESTART
-from holdfast.fault_tolerance.storage import open_storage
 from holdfast.launch import identity
 from holdfast.launch.calls import LOST, Calls, Gathered
+from holdfast.launch.crew import Crew, ProcessSpecs, keeper_address, worker_address
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
 from holdfast.launch.injection import Injector
+from holdfast.launch.notes import Notes
 from holdfast.launch.protection import Protection
 from holdfast.launch.protocol import EpochPlan
 from holdfast.launch.pulse import Pulse
+from holdfast.launch.striker import Striker
 from holdfast.types import StepReport
 
-__all__ = ["Conductor", "ProcessSpecs", "Verdict"]
+__all__ = ["Conductor", "Verdict"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _PULSE_S = 0.1
-_DRAIN_S = 1.0
 _LAST_WORDS_S = 2.0
 _SAVE_TRIES, _SAVE_PAUSE_S = 3, 1.0
 """Of the last checkpoint, which nothing comes after: a storage that fails once may be back a moment later."""
 _NO_ANSWER_S = 60.0
 """Deadline of a keeper's or worker's answer to anything but training."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessSpecs:
-    """What a process is told when it starts; JSON values."""
-
-    worker: Mapping[str, object]
-    keeper: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +58,6 @@ class Verdict:
     """Step of the newest checkpoint on disk, -1 for none; None if nobody has looked."""
     nodes: tuple[int, ...] = ()
     """Those that took part last; none if nothing had started."""
-
-
-def _worker(number: int) -> Address:
-    return Address(Role.WORKER, number)
-
-
-def _keeper(node: int) -> Address:
-    return Address(Role.KEEPER, node)
 
 
 class Conductor:
@@ -103,23 +84,22 @@ class Conductor:
             self._calls, interval_s=_PULSE_S, silence_s=config.recovery.suspect_after_s, on_step=on_step
         )
         everybody = layout.roster(0, range(layout.nodes))
+        self._crew = Crew(fleet, self._calls, specs)
+        self._notes = Notes(self._calls, events)
         self._protection = Protection(everybody, persist_every=config.snapshot.persist_every_steps)
-        self._keepers: set[int] = set()
-        self._keeper_starts: dict[int, int] = {}
-        """The call that started a node's keeper, unless that keeper has gone."""
-        self._workers_of_ranks: dict[int, int] = {}
         self._result: dict[str, object] = {}
         self._verdict: m.Finish | None = None
         self._stop_reason: str | None = None
         self._hosts = list(layout.hosts)
-        self._living: dict[int, tuple[int, int]] = {}
-        """Node and pid of every worker that has been ready and is not known to have gone."""
-        self._killed: set[Address] = set()
-        """Since the last look at what the fleet reports."""
-        self._drain_due_s = 0.0
         self._listened_s = clock.now()
-        self._injector = Injector(config, run_dir, events)
-        STORAGE.heal()  # of what an earlier run of this process has suffered
+        self._striker = Striker(
+            Injector(config, run_dir, events),
+            self._crew,
+            self._calls,
+            durable=durable,
+            protection=self._protection,
+            keeper_fails=self._keeper_silent,
+        )
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -156,12 +136,11 @@ class Conductor:
         )
 
     def _turn(self) -> None:
-        self._killed.clear()
-        reports = self._fleet.poll(_POLL_S)
+        reports = self._crew.poll(_POLL_S)
         self._follow_moves()  # first: who replaces the lost has to be on the new host
         for report in reports:
-            if report.target in self._killed:
-                continue  # old news, which must not be taken for news of the keeper that has its place by now
+            if self._crew.is_old_news(report):
+                continue
             if isinstance(report, Lost):
                 self._lost(report)
             else:
@@ -169,7 +148,7 @@ class Conductor:
         now = self._clock.now()
         self._forgive_own_sleep(now)
         self._calls.expire(now)
-        self._pulse.ask(self._keepers, now)
+        self._pulse.ask(self._crew.keepers, now)
         while self._pulse.silent:
             self._keeper_silent(*self._pulse.silent.pop(0))
 
@@ -191,7 +170,7 @@ class Conductor:
             reason, self._stop_reason = self._stop_reason, None
             self._tell(m.StopAsked(reason))
         beats = self._pulse.beats_at(self._clock.now())
-        self._tell(m.Beats({w: beats[r] for r, w in self._workers_of_ranks.items() if r in beats}))
+        self._tell(m.Beats({w: beats[r] for r, w in self._crew.workers_of_ranks.items() if r in beats}))
         self._tell(m.Tick())
         while self._pulse.unprotected:
             self._events.emit(ProtectionFailed(*self._pulse.unprotected.pop(0)))
@@ -201,27 +180,9 @@ class Conductor:
         if self._supervisor.state is State.RUNNING:  # a recovery needs the storage, and may turn against the version
             end = now + self._config.recovery.step_timeout_s
             self._durable.persist_if_due(self._pulse.versions, self._calls, self._keeper_of, deadline_s=end)
-            self._inject()
-        self._hear_of_injections(now)
-        self._drain_if_due(now)
-
-    def _drain_if_due(self, now: float) -> None:
-        """Fetch what has happened at rank 0 besides steps."""
-        if 0 in self._workers_of_ranks and now >= self._drain_due_s:
-            self._drain_due_s = now + _DRAIN_S
-            self._calls.ask(_worker(self._workers_of_ranks[0]), "drain", then=self._drained)
-
-    def _drained(self, answer: Completion) -> None:
-        self._note(cast(Sequence[Mapping[str, Any]], answer.result or ()))
-
-    def _note(self, notes: Sequence[Mapping[str, Any]]) -> None:
-        for note in notes:
-            fields = dict(note)
-            self._events.emit(_NOTES[fields.pop("event")](**fields))
-
-    def _kill(self, target: Address) -> None:
-        self._killed.add(target)
-        self._fleet.kill(target)
+            self._striker.strike_due(self._newest_step(), now)
+        self._striker.listen(self._newest_step(), now)
+        self._notes.fetch_if_due(self._crew.workers_of_ranks.get(0), now)
 
     def _tell(self, message: m.Message) -> None:
         self._perform(self._supervisor.handle(message, self._clock.now()))
@@ -231,35 +192,33 @@ class Conductor:
             _HANDLERS[type(action)](self, action)
 
     def _last_step(self) -> int:
-        last = max((beat.step for beat in self._pulse.beats.values()), default=0)
-        return int(cast(int, self._result.get("step", last)))
+        return int(cast(int, self._result.get("step", self._newest_step(default=0))))
+
+    def _newest_step(self, default: int = -1) -> int:
+        return max((beat.step for beat in self._pulse.beats.values()), default=default)
 
     # -- processes ------------------------------------------------------------------------------------------------
 
     def _lost(self, lost: Lost) -> None:
-        self._injector.report(self._clock.now(), is_urgent=True)  # the cause comes before its effect
+        self._striker.report(self._clock.now())  # the cause comes before its effect
         if lost.target.role is Role.KEEPER:
             self._keeper_gone(lost.target.number, lost.cause)
         else:
-            self._living.pop(lost.target.number, None)  # its pid may soon be somebody else's
-            self._calls.forget(lost.target, lost.cause)
+            self._crew.worker_gone(lost.target.number, lost.cause)
             self._worker_gone(lost.target.number, lost.cause)
 
     def _worker_gone(self, worker: int, cause: str) -> None:
-        ranks = [r for r, w in self._workers_of_ranks.items() if w == worker]
+        ranks = [r for r, w in self._crew.workers_of_ranks.items() if w == worker]
         seen = max((self._pulse.beats[r].beat_s for r in ranks if r in self._pulse.beats), default=self._clock.now())
         self._tell(m.WorkerLost(worker, cause, seen))
 
     def _keeper_silent(self, node: int, error: str) -> None:
-        if node in self._keepers:
+        if node in self._crew.keepers:
             self._keeper_gone(node, f"keeper of node {node}: {error.splitlines()[0]}")
 
     def _keeper_gone(self, node: int, cause: str) -> None:
         """Told once, although each of its open calls fails too: the next keeper of the node must not be blamed."""
-        self._keepers.discard(node)
-        self._keeper_starts.pop(node, None)
-        self._kill(_keeper(node))
-        self._calls.forget(_keeper(node), cause.splitlines()[0])
+        self._crew.keeper_gone(node, cause)
         self._pulse.silent = [(silent, error) for silent, error in self._pulse.silent if silent != node]
         for rank in self._roster.ranks_of(node):
             self._pulse.forget_rank(rank)
@@ -273,68 +232,45 @@ class Conductor:
         return self._protection.roster
 
     def _keeper_of(self, rank: int) -> Address:
-        return _keeper(self._roster.node_of(rank))
+        return keeper_address(self._roster.node_of(rank))
 
     def _start_worker(self, action: m.StartWorker) -> None:
-        target = _worker(action.worker)
-
-        def then(answer: Completion) -> None:
-            if answer.error is None:
-                pid = int(cast(Mapping[str, Any], answer.result)["pid"])
-                self._living[action.worker] = (action.node, pid)
-                self._tell(m.WorkerReady(action.worker, action.node, pid))
-            else:
-                self._kill(target)
-                self._worker_gone(action.worker, answer.error)
-
-        self._calls.track(self._fleet.start(target, action.node, self._specs.worker), target, then)
+        self._crew.start_worker(
+            action.worker,
+            action.node,
+            ready=lambda pid: self._tell(m.WorkerReady(action.worker, action.node, pid)),
+            failed=lambda error: self._worker_gone(action.worker, error),
+        )
 
     def _start_keeper(self, action: m.StartKeeper) -> None:
-        target = _keeper(action.node)
-        self._kill(target)  # one that has not become ready in time
-        call = self._fleet.start(target, action.node, {**self._specs.keeper, "node": action.node})
-        self._keeper_starts[action.node] = call
+        def ready(address: str) -> None:
+            self._protection.reached_at(action.node, address)
+            self._striker.arm_keeper(action.node)
+            self._tell(m.KeeperReady(action.node))
 
-        def then(answer: Completion) -> None:
-            if self._keeper_starts.get(action.node) != call:
-                return
-            if answer.error is None:
-                self._protection.reached_at(action.node, cast(Mapping[str, Any], answer.result)["address"])
-                self._keepers.add(action.node)
-                self._arm_keeper(action.node)
-                self._tell(m.KeeperReady(action.node))
-            else:
-                self._keeper_gone(action.node, answer.error)
-
-        self._calls.track(call, target, then)
+        self._crew.start_keeper(action.node, ready=ready, failed=lambda error: self._keeper_gone(action.node, error))
 
     def _kill_worker(self, action: m.KillWorker) -> None:
-        logger.info("worker %d is killed: %s", action.worker, action.reason)
-        node, pid = self._living.pop(action.worker, (-1, 0))
-        if node in self._keepers:  # a frozen process does not hear what some fleets ask it to do; its host does
-            self._calls.tell(_keeper(node), "kill", pid)
-        self._kill(_worker(action.worker))
-        self._calls.forget(_worker(action.worker), action.reason)
-        self._workers_of_ranks = {r: w for r, w in self._workers_of_ranks.items() if w != action.worker}
+        self._crew.kill_worker(action.worker, action.reason)
 
     # -- epochs ---------------------------------------------------------------------------------------------------
 
     def _fence(self, action: m.Fence) -> None:
         self._durable.abandon()
-        for node in self._keepers:
-            self._calls.tell(_keeper(node), "fence", action.epoch)
+        for node in self._crew.keepers:
+            self._calls.tell(keeper_address(node), "fence", action.epoch)
 
     def _abort_worker(self, action: m.AbortWorker) -> None:
-        self._calls.tell(_worker(action.worker), "abort", action.epoch)
+        self._calls.tell(worker_address(action.worker), "abort", action.epoch)
 
     def _stop_epoch(self, action: m.StopEpoch) -> None:
         for member in self._supervisor.members:
-            self._calls.tell(_worker(member.worker), "stop", action.epoch)
+            self._calls.tell(worker_address(member.worker), "stop", action.epoch)
 
     def _take_inventory(self, action: m.TakeInventory) -> None:
         """Admit every rank at its keeper, attach its worker, then ask the keepers what they hold."""
         self._move_to(action.roster)
-        self._workers_of_ranks = {member.rank: member.worker for member in action.members}
+        self._crew.workers_of_ranks = {member.rank: member.worker for member in action.members}
         members = {member.rank: member for member in action.members}
         refs: dict[int, object] = {}
 
@@ -352,18 +288,18 @@ class Conductor:
         def attach() -> None:
             self._calls.gather(
                 {
-                    _worker(mb.worker): ("attach", [mb.rank, refs[mb.rank], action.roster.number])
+                    worker_address(mb.worker): ("attach", [mb.rank, refs[mb.rank], action.roster.number])
                     for mb in action.members
                 },
                 then=lambda _: self._ask_what_is_held(action.epoch),
                 failed=self._failed,
                 deadline_s=self._deadline(),
             )
-            self._arm_workers()
+            self._striker.arm_workers()
 
         for member in action.members:
             self._calls.ask(
-                _keeper(member.node),
+                keeper_address(member.node),
                 "admit",
                 member.rank,
                 action.roster.number,
@@ -388,7 +324,7 @@ class Conductor:
             former = self._protection.former()
             self._tell(m.InventoryTaken(epoch, held, durable, rejected, recorded, self._durable.foreign, former))
 
-        self._ask_keepers(self._keepers, "inventory", epoch, then=then, failed=self._failed)
+        self._ask_keepers(self._crew.keepers, "inventory", epoch, then=then, failed=self._failed)
 
     def _ask_keepers(
         self,
@@ -399,7 +335,7 @@ class Conductor:
         failed: Callable[[Completion], None],
     ) -> None:
         self._calls.gather(
-            {_keeper(node): (method, args) for node in sorted(nodes)},
+            {keeper_address(node): (method, args) for node in sorted(nodes)},
             then=then,
             failed=failed,
             deadline_s=self._deadline(),
@@ -447,10 +383,10 @@ class Conductor:
         end = self._clock.now() + self._config.recovery.step_timeout_s
         asks = self._protection.rebuild(action.epoch, action.version, action.record_epoch, action.ranks)
         for rank, node, arguments in asks:
-            self._calls.ask(_keeper(node), "rebuild", *arguments, then=then(rank), deadline_s=end)
+            self._calls.ask(keeper_address(node), "rebuild", *arguments, then=then(rank), deadline_s=end)
 
     def _start_epoch(self, action: m.StartEpoch) -> None:
-        self._injector.begin(action.version)
+        self._striker.begin(action.version)
         rendezvous = self._run_dir / "rendezvous"
         rendezvous.mkdir(exist_ok=True)
         for old in rendezvous.iterdir():
@@ -466,7 +402,9 @@ class Conductor:
                 plan = EpochPlan(
                     action.epoch, member.rank, len(action.members), action.version, path, checkpoints, held, token
                 )
-                self._calls.ask(_worker(member.worker), "run_epoch", asdict(plan), then=self._parked(member, plan))
+                self._calls.ask(
+                    worker_address(member.worker), "run_epoch", asdict(plan), then=self._parked(member, plan)
+                )
 
         def failed(answer: Completion) -> None:
             begin()  # to the supervisor everybody is in the epoch; only who has been sent there can leave it
@@ -476,8 +414,8 @@ class Conductor:
             arguments = self._protection.start(action.epoch, action.version)
             self._ask_keepers(self._roster.nodes, "begin", *arguments, then=lambda _: begin(), failed=failed)
 
-        for node in self._keepers - set(self._roster.nodes):
-            self._calls.tell(_keeper(node), "forget_above", action.version)
+        for node in self._crew.keepers - set(self._roster.nodes):
+            self._calls.tell(keeper_address(node), "forget_above", action.version)
         nodes = self._roster.nodes
         self._ask_keepers(nodes, "forget_above", action.version, then=lambda _: protect(), failed=failed)
 
@@ -488,7 +426,7 @@ class Conductor:
                     self._tell(m.WorkerParked(member.worker, plan.epoch, m.Outcome.ERROR, answer.error))
                 return
             parked = cast(Mapping[str, Any], answer.result)
-            self._note(parked["notes"])
+            self._notes.take(parked["notes"])
             outcome = m.Outcome(parked["outcome"])
             if outcome is m.Outcome.FINISHED and parked["result"]:
                 self._result.update(parked["result"])
@@ -497,64 +435,6 @@ class Conductor:
             self._tell(m.WorkerParked(member.worker, plan.epoch, outcome, parked["detail"], parked["version"]))
 
         return then
-
-    # -- faults on purpose ----------------------------------------------------------------------------------------
-
-    def _inject(self) -> None:
-        """What is due and nobody but the driver can do."""
-        for fault in self._injector.due(self._newest_step(), has_checkpoint=self._durable.newest_step >= 0):
-            self._injector.report(self._clock.now(), is_urgent=True)  # some do not return
-            self._strike(fault)
-
-    def _strike(self, fault: chaos.ChaosFault) -> None:
-        if fault.action is chaos.Action.KEEPER_SIGKILL:
-            self._keeper_silent(fault.number, f"killed by {fault.source.partition(':')[0]} ({fault})")
-        elif fault.target is chaos.Target.DRIVER:
-            strikes.strike(fault, {})
-        elif fault.target is chaos.Target.CHECKPOINT:
-            self._damage_checkpoint(fault)
-        else:
-            self._strike_keepers(fault)
-
-    def _strike_keepers(self, fault: chaos.ChaosFault) -> None:
-        """What happens in the keeper of a node, in that of a rank, or in all keepers and here."""
-        is_rank = fault.target is chaos.Target.WORKER
-        if is_rank and fault.number >= self._roster.world:
-            logger.warning("chaos: %s, but there are only %d ranks now", fault, self._roster.world)
-            return
-        node = self._keeper_of(fault.number).number if is_rank else fault.number
-        pids = [pid for home, pid in self._living.values() if home == node]
-        for keeper in sorted(self._keepers) if node == chaos.ALL else [node]:
-            self._calls.tell(_keeper(keeper), "strike", str(fault), pids)
-        if node == chaos.ALL and fault.target is chaos.Target.STORAGE:
-            strikes.strike(fault, dict.fromkeys((chaos.Action.DISK_FULL, chaos.Action.SLOW_DISK), STORAGE.suffer))
-
-    def _damage_checkpoint(self, fault: chaos.ChaosFault) -> None:
-        try:
-            path = damage_checkpoint(open_storage(self._durable.uri), fault)
-            logger.warning("chaos: %s, %s", fault, path or "but there is no checkpoint")
-        except SnapshotError as error:
-            logger.warning("chaos: %s: %s", fault, error)
-
-    def _hear_of_injections(self, now: float) -> None:
-        if self._injector.listen(now, self._newest_step()):
-            self._arm_workers()
-            for node in self._keepers:
-                self._arm_keeper(node)
-        self._injector.report(now)
-
-    def _arm_workers(self) -> None:
-        entries = self._injector.for_workers()
-        for worker in set(self._workers_of_ranks.values()) if entries else ():
-            self._calls.tell(_worker(worker), "inject", entries)
-
-    def _arm_keeper(self, node: int) -> None:
-        entries = self._injector.for_keepers()
-        if entries:
-            self._calls.tell(_keeper(node), "arm", self._injector.ledger_folder, entries)
-
-    def _newest_step(self) -> int:
-        return max((beat.step for beat in self._pulse.beats.values()), default=-1)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -568,17 +448,16 @@ class Conductor:
         """Bring the newest version that every rank holds to disk, then let the workers go."""
         self._hear_last_steps()
         is_trusted = verdict.exit_code != DO_NOT_RESTART
-        if is_trusted and self._keepers.issuperset(self._roster.nodes):
+        if is_trusted and self._crew.keepers.issuperset(self._roster.nodes):
             self._save(is_urgent=verdict.outcome == "stopped")
-        self._injector.close(self._clock.now())
-        for worker in set(self._workers_of_ranks.values()):
-            self._fleet.release(_worker(worker))
+        self._striker.close(self._clock.now())
+        self._crew.release_workers()
 
     def _hear_last_steps(self) -> None:
         """A pulse that is asked for now brings the reports of all steps that the ranks have finished."""
         now = self._clock.now()
         asked_s, end = now, now + _LAST_WORDS_S
-        while now < end and any(self._pulse.heard_s.get(node, -1.0) < asked_s for node in self._keepers):
+        while now < end and any(self._pulse.heard_s.get(node, -1.0) < asked_s for node in self._crew.keepers):
             self._turn()
             now = self._clock.now()
 
@@ -590,7 +469,8 @@ class Conductor:
         while not (self._durable.is_idle and tries and (tries == _SAVE_TRIES or not self._durable.last_error)):
             now = self._clock.now()
             if now > end:
-                return self._durable.give_up(f"not written after {now - began_s:.1f} s")
+                self._durable.give_up(f"not written after {now - began_s:.1f} s")
+                return
             if self._durable.is_idle and now >= again_s:
                 self._durable.persist_newest(self._calls, self._roster.nodes, self._keeper_of, deadline_s=end)
                 tries, again_s = tries + 1, now + _SAVE_PAUSE_S
@@ -598,13 +478,6 @@ class Conductor:
             if self._stop_reason is not None and not is_urgent:
                 is_urgent, end = True, min(end, now + recovery.stop_grace_s)
 
-
-_NOTES: Mapping[str, Callable[..., Event]] = {
-    "evaluated": Evaluated,
-    "snapshot_failed": SnapshotFailed,
-    "step_left_out": StepLeftOut,
-}
-"""What workers tell besides steps."""
 
 _HANDLERS: Mapping[type[m.Action], Callable[[Conductor, Any], None]] = {
     m.StartWorker: Conductor._start_worker,

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from holdfast.errors import InvariantViolation
-from holdfast.fault_tolerance.commit import CommitRecord, Outcome, Report, derive_outcome, from_json, to_json
+from holdfast.fault_tolerance.commit import CommitRecord
+from holdfast.fault_tolerance.commit_json import from_json, to_json
+from holdfast.fault_tolerance.commit_outcome import Outcome, Report, derive_outcome
 from holdfast.fault_tolerance.held_shards import HeldPart
 from holdfast.fault_tolerance.lanes import ProtectionPlan, Recorded, Roster
 from holdfast.fault_tolerance.messages import HeldVersion

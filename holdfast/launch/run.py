@@ -28,8 +28,9 @@ from holdfast.fault_tolerance.machine import Layout, Supervisor
 from holdfast.fault_tolerance.protection import REDUCED
 from holdfast.launch import identity
 from holdfast.launch.banner import banner
-from holdfast.launch.conductor import Conductor, ProcessSpecs, Verdict
+from holdfast.launch.conductor import Conductor, Verdict
 from holdfast.launch.console import Console
+from holdfast.launch.crew import ProcessSpecs
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Fleet
 from holdfast.launch.records import JsonlEvents

@@ -9,8 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain, repeat
 from operator import attrgetter, is_
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import InvariantViolation
+from holdfast.native_build import IsaChoice
 from holdfast.optim.build_kernels import NATIVE
 from holdfast.optim.coefficients import FIELDS, Coefficients
 from holdfast.optim.quantize import codebook
@@ -32,7 +32,7 @@ __all__ = ["NativeEngine", "cpu_engine", "isas", "using"]
 _log = logging.getLogger(__name__)
 
 _ISAS = NATIVE.isas
-"""From slow to fast, numbered as in ``kernels/library.cpp``."""
+"""From slow to fast, numbered as in ``dispatch.h``."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_POINTERS = (0, 0, 0)
 
@@ -105,37 +105,32 @@ class NativeEngine:
         return x
 
 
-_forced: list[str | None] = []
-
-
-@contextmanager
-def using(isa: str | None) -> Iterator[None]:
-    """Inside, CPU updates use this instruction set, or plain torch for None. For tests and measurements."""
-    _forced.append(isa)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
 def cpu_engine() -> NativeEngine | TorchEngine:
     """The fastest engine that this machine has for CPU tensors."""
-    if _forced:
-        return TorchEngine() if _forced[-1] is None else NativeEngine(_forced[-1])
-    return _best()
+    return _engine(_choice.current())
 
 
 @cache
-def _best() -> NativeEngine | TorchEngine:
-    usable = isas()
-    if usable:
-        return NativeEngine(usable[-1])
+def _engine(isa: str | None) -> NativeEngine | TorchEngine:
+    return TorchEngine() if isa is None else NativeEngine(isa)
+
+
+@cache
+def _best() -> str | None:
+    """The fastest instruction set that can be used; None without the library."""
+    if usable := isas():
+        return usable[-1]
     _log.warning(
         "%s: optimizer steps take plain torch operations, many times slower on a CPU, with the same results. "
         "`python -m holdfast.optim.build_kernels` builds it, or says why not.",
         _loaded(),
     )
-    return TorchEngine()
+    return None
+
+
+_choice = IsaChoice(_best)
+using = _choice.using
+"""``with using(isa)``: CPU updates use this instruction set, or plain torch for None. For tests and measurements."""
 
 
 def isas() -> list[str]:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import InvariantViolation
+from holdfast.parallel.microbatches import OneByOne
+from holdfast.parallel.optimizer_states import OptimizerStates
 from holdfast.parallel.sharding import Names, ParamGroups, pad_to_blocks, sharding_of
-from holdfast.parallel.slices import Flat, StateTensor, state_slices
+from holdfast.parallel.slices import Flat, state_slices
 from holdfast.types import Precision, StateSlice
 
 if not torch.cuda.is_available():
@@ -44,7 +46,7 @@ with warnings.catch_warnings():
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import groups as ds_groups
 
-__all__ = ["OptimizerStates", "ZeroEngine", "ZeroOptions"]
+__all__ = ["ZeroEngine", "ZeroOptions"]
 
 _PERSISTENT_ELEMENTS = 10_000
 """Stage 3 keeps smaller parameters gathered: norms of any model, no matrix of a real one."""
@@ -54,34 +56,6 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", Futu
 
 # DeepSpeed compiles a shared-memory operation when it finds a compiler; gloo does the same without.
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
-
-
-class OptimizerStates(Protocol):
-    """Knows what an optimizer keeps per parameter. ``holdfast.optim`` is one."""
-
-    def ensure_state(self, optimizer: torch.optim.Optimizer, /) -> None: ...
-
-    def describe_state(self, optimizer: torch.optim.Optimizer, param: Tensor, /) -> Sequence[StateTensor]: ...
-
-    def scalars(self, optimizer: torch.optim.Optimizer, param: Tensor, /) -> Mapping[str, object]: ...
-
-    def load_scalars(
-        self, optimizer: torch.optim.Optimizer, param: Tensor, values: Mapping[str, object], /
-    ) -> None: ...
-
-    def set_segments(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parts: Mapping[Tensor, Sequence[tuple[int, int, int]]],
-        count: int,
-        total: Callable[[Tensor], Tensor],
-        /,
-    ) -> None:
-        """Say which parameters the optimizer's flat tensors hold: first element, end, and one of ``count`` numbers.
-
-        ``total`` is collective and sums over ranks.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +75,7 @@ class ZeroOptions:
     """Elements of a quantisation block; 1 when no state is quantised."""
 
 
-class ZeroEngine:
+class ZeroEngine(OneByOne):
     """A model and its optimizer, sharded over the default process group.
 
     All methods but ``slices`` and ``scalars`` are collective. The addresses of slices do not change. Give it the only

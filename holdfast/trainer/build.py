@@ -16,6 +16,7 @@ from holdfast.optim.config import OptimConfig
 from holdfast.optim.schedules import learning_rate
 from holdfast.parallel.comms import TorchCommunicator
 from holdfast.parallel.config import ParallelConfig
+from holdfast.parallel.microbatches import Microbatch
 from holdfast.parallel.zero import ZeroEngine, ZeroOptions
 from holdfast.trainer import tokenizer
 from holdfast.trainer.config import DataConfig, ModelConfig, NonFinite, TrainerConfig
@@ -26,7 +27,7 @@ from holdfast.trainer.loop import Goal, Trainer
 from holdfast.trainer.model import Decoder, generate, initialise
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.state import StateView, TrainState
-from holdfast.trainer.step import Communicator, Microbatch, Snapshots, StepParts
+from holdfast.trainer.step import Communicator, Snapshots, StepParts
 from holdfast.types import Phase
 
 __all__ = ["Job", "Note", "RankRun"]
@@ -81,7 +82,7 @@ class Job:
             alone = TorchCommunicator.join(f"{folder}/alone", rank=0, world=1, backend=self.backend, timeout_s=60.0)
             try:
                 engine = _build_engine(options, _TINY, self.device, micro_batch=1, accumulation=1)
-                engine.backward(engine.loss(tokens, tokens))
+                engine.forward_backward([(tokens, tokens, 0)])
                 engine.update(options.optim.lr)
                 engine.refresh()
                 engine.close()

@@ -10,9 +10,9 @@ from typing import Protocol
 
 from holdfast import failpoints
 from holdfast.errors import NonFiniteStep
+from holdfast.parallel.microbatches import Microbatch
 from holdfast.trainer.state import StateView
 from holdfast.trainer.step import (
-    Microbatch,
     Pending,
     StepParts,
     await_room,

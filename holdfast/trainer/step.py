@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from torch import Tensor
-
 from holdfast import failpoints
 from holdfast.errors import NonFiniteStep, SnapshotError
+from holdfast.parallel.microbatches import Microbatch
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.state import StateView
 from holdfast.types import CopyReport, Phase, RankState, StepReport
@@ -19,7 +18,6 @@ from holdfast.types import CopyReport, Phase, RankState, StepReport
 __all__ = [
     "Communicator",
     "Engine",
-    "Microbatch",
     "Note",
     "Pending",
     "Snapshots",
@@ -37,16 +35,14 @@ __all__ = [
 ROOM_S, LOOK_S = 30.0, 0.02
 """Patience with keepers that are slow to make room for a version that must be taken, and between two looks."""
 
-Microbatch = tuple[Tensor, Tensor, int]
-"""Tokens [B, T] int64, targets [B, T] int64, number of targets that are bytes."""
-
 
 class Engine(Protocol):
-    """The sharded model and optimizer. All methods but ``loss`` are collective."""
+    """The sharded model and optimizer. Collective."""
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor: ...
-
-    def backward(self, loss: Tensor) -> None: ...
+    def forward_backward(self, batch: Sequence[Microbatch]) -> list[float]:
+        """Gradients of a whole step. Sums over the microbatches that count here: nats, targets, targets that are
+        bytes."""
+        ...
 
     def update(self, lr: float) -> float: ...
 
@@ -141,7 +137,7 @@ def train_step(
     started, step = time.perf_counter(), view.train.step
     parts.watcher.enter(Phase.FORWARD_BACKWARD, step)
     failpoints.hit("step.begin", step)
-    sums = _forward_backward(batch, parts.engine)
+    sums = parts.engine.forward_backward(batch)
     failpoints.hit("step.after_backward", step)
     copied = fence(parts, pending, step)
     verdict = _wait_if_due(vote(sums, parts, pending, step, wanted=_next_version(parts, step)), parts, pending, step)
@@ -205,18 +201,6 @@ def await_room(parts: StepParts, pending: Pending, step: int, wanted: int) -> bo
 def _next_version(parts: StepParts, step: int) -> int:
     """What will be offered after this step; -1 for nothing."""
     return -1 if (step + 1) % parts.snapshot_every else step + 1
-
-
-def _forward_backward(batch: Sequence[Microbatch], engine: Engine) -> list[float]:
-    """Sums over this rank's microbatches: nats, targets, targets that are bytes."""
-    sums = [0.0, 0.0, 0.0]
-    for tokens, targets, byte_targets in batch:
-        loss = engine.loss(tokens, targets)
-        engine.backward(loss)
-        sums[0] += float(loss.detach()) * targets.numel()
-        sums[1] += targets.numel()
-        sums[2] += byte_targets
-    return sums
 
 
 def fence(parts: StepParts, pending: Pending, step: int) -> CopyReport:

@@ -66,16 +66,22 @@ def _scheduled(config: RunConfig) -> Counter[tuple[str, int]]:
     return Counter((fault.action.value, fault.number) for fault in chaos.parse_all(config.chaos.faults))
 
 
+def _survived(config: RunConfig, undisturbed: Outcome) -> Path:
+    """Run to the end: everything on the schedule has struck, once, and the result is that of a run without."""
+    result = train(config)
+    assert result.exit_code == 0
+    assert Counter(_injected(result.run_dir)) == _scheduled(config)
+    assert _differences(undisturbed, result.run_dir) == []
+    return result.run_dir
+
+
 def test_a_node_killed_with_keeper_and_worker_at_once_is_rebuilt_from_parity(
     tmp_path: Path, corpus: Path, undisturbed: Outcome
 ) -> None:
     config = _config(tmp_path, corpus, "node_sigkill node=1 step=4")
     assert config.snapshot.parity == 1
-    result = train(config)
-    assert result.exit_code == 0
-    assert _injected(result.run_dir) == [("node_sigkill", 1)]
-    assert PARITY in [plan["source"] for plan in events_of(result.run_dir, "recovery_planned")]
-    assert _differences(undisturbed, result.run_dir) == []
+    run_dir = _survived(config, undisturbed)
+    assert PARITY in [plan["source"] for plan in events_of(run_dir, "recovery_planned")]
 
 
 def test_whatever_happens_to_workers_leaves_no_trace_in_the_result(
@@ -94,15 +100,12 @@ def test_whatever_happens_to_workers_leaves_no_trace_in_the_result(
         "abort rank=2 step=8",
         "sigterm rank=0 step=9",
     )
-    result = train(config)
-    assert result.exit_code == 0
-    assert Counter(_injected(result.run_dir)) == _scheduled(config)
-    causes = [fault["cause"] for fault in events_of(result.run_dir, "fault_detected")]
+    run_dir = _survived(config, undisturbed)
+    causes = [fault["cause"] for fault in events_of(run_dir, "fault_detected")]
     killed = [cause.split()[2] for cause in causes if cause.startswith("killed by")]
     assert killed == ["SIGSEGV", "SIGKILL", "SIGKILL", "SIGABRT", "SIGTERM"]
     assert all("is damaged" in cause for cause in causes if not cause.startswith("killed by"))
-    assert "Out of memory: Killed process" in (result.run_dir / "logs" / "rank00001.attempt1.log").read_text()
-    assert _differences(undisturbed, result.run_dir) == []
+    assert "Out of memory: Killed process" in (run_dir / "logs" / "rank00001.attempt1.log").read_text()
 
 
 def test_whatever_happens_to_keepers_leaves_no_trace_in_the_result(
@@ -119,18 +122,12 @@ def test_whatever_happens_to_keepers_leaves_no_trace_in_the_result(
         "keeper_sigstop node=2 step=7",
         suspect_after_s=2.0,
     )
-    result = train(config)
-    assert result.exit_code == 0
-    assert Counter(_injected(result.run_dir)) == _scheduled(config)
-    assert _differences(undisturbed, result.run_dir) == []
+    _survived(config, undisturbed)
 
 
 def test_a_frozen_node_is_replaced(tmp_path: Path, corpus: Path, undisturbed: Outcome) -> None:
     config = _config(tmp_path, corpus, "node_sigstop node=1 step=4", suspect_after_s=2.0, abort_after_s=2.0)
-    result = train(config)
-    assert result.exit_code == 0
-    assert _injected(result.run_dir) == [("node_sigstop", 1)]
-    assert _differences(undisturbed, result.run_dir) == []
+    _survived(config, undisturbed)
 
 
 def test_a_full_disk_costs_checkpoints_and_a_damaged_one_is_not_believed(

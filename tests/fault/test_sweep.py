@@ -28,7 +28,7 @@ from tests.support.sweep import (
     undisturbed,
 )
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.sweep]
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from holdfast.errors import ManifestMismatch, PeerError, ShardCorrupt, SnapshotError
-from holdfast.fault_tolerance.commit import to_json
+from holdfast.fault_tolerance.commit_json import to_json
 from holdfast.fault_tolerance.held_shards import HeldPart
 from holdfast.fault_tolerance.lanes import ProtectionPlan, Roster, make_lanes
 from holdfast.fault_tolerance.resharding import HeldSnapshot

@@ -18,7 +18,7 @@ import pytest
 from holdfast.errors import InsufficientShards, ManifestMismatch, ShardCorrupt, SnapshotError
 from holdfast.fault_tolerance import checkpoint
 from holdfast.fault_tolerance.buffer import Bytes
-from holdfast.fault_tolerance.commit import from_json, to_json
+from holdfast.fault_tolerance.commit_json import from_json, to_json
 from holdfast.fault_tolerance.manifest import Manifest, damaged_slices
 from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.versions import Held, find_version, held_versions

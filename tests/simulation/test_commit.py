@@ -12,34 +12,29 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from holdfast.errors import ConfigurationError, InvariantViolation, ManifestMismatch
-from holdfast.fault_tolerance import commit
 from holdfast.fault_tolerance.commit import (
     Abort,
     Action,
     Commit,
     CommitRecord,
-    Coordinator,
     Drop,
     Filled,
     Flip,
-    Outcome,
+    Key,
     ParityBlock,
-    Participant,
     Prepare,
-    Promise,
     RankVote,
-    Report,
     Seen,
     Send,
     StartEncoding,
     Timing,
     Vote,
-    derive_outcome,
-    from_json,
-    to_json,
 )
+from holdfast.fault_tolerance.commit_coordinator import Coordinator
+from holdfast.fault_tolerance.commit_json import Spoken, from_json, to_json
+from holdfast.fault_tolerance.commit_outcome import Outcome, Promise, Report, derive_outcome
+from holdfast.fault_tolerance.commit_participant import Participant
 
-Key = tuple[int, int]
 Message = Filled | Seen | Prepare | Vote | Commit | Abort
 
 _TIMING = Timing(repeat_s=0.3, decide_s=3.0)
@@ -947,7 +942,7 @@ _VOTE = Vote(1, 1, 3, 7, ok=True, parity=_RECORD.parity)
     ],
     ids=lambda spoken: type(spoken).__name__,
 )
-def test_everything_survives_the_way_through_json(spoken: commit.Spoken) -> None:
+def test_everything_survives_the_way_through_json(spoken: Spoken) -> None:
     assert from_json(json.loads(json.dumps(to_json(spoken)))) == spoken
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from holdfast.clock import FakeClock
-from holdfast.fault_tolerance.commit import Outcome, Report, derive_outcome, from_json, to_json
+from holdfast.fault_tolerance.commit_json import from_json, to_json
+from holdfast.fault_tolerance.commit_outcome import Outcome, Report, derive_outcome
 from holdfast.fault_tolerance.keeper import Keeper
 from holdfast.fault_tolerance.lanes import Lane, ProtectionPlan, make_lanes, parity_buffers
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter

@@ -13,10 +13,10 @@ from torch import Tensor
 from holdfast import optim
 from holdfast.fault_tolerance.snapshot import MemorySnapshotter
 from holdfast.optim import AdamW8bit
+from holdfast.parallel.microbatches import Microbatch, OneByOne
 from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.model import Decoder, initialise
 from holdfast.trainer.observers import MemoryWatcher
-from holdfast.trainer.step import Microbatch
 from holdfast.types import CopyReport, Phase, RankState, SliceSpec, StateSlice
 
 __all__ = [
@@ -49,7 +49,7 @@ def microbatches(step: int, *, count: int = 2, size: int = 2) -> list[Microbatch
 # -- a real engine ----------------------------------------------------------------------------------------------------
 
 
-class TinyEngine:
+class TinyEngine(OneByOne):
     """A decoder with 8-bit AdamW on one rank. The loss is multiplied by noise from torch's default generator."""
 
     def __init__(self, seed: int = 0, *, accumulation: int = 2, noise: float = 0.0) -> None:
@@ -196,7 +196,7 @@ class Threads:
 # -- stand-ins that write down ----------------------------------------------------------------------------------------
 
 
-class NotingEngine:
+class NotingEngine(OneByOne):
     """Scripted losses; the weight counts updates."""
 
     def __init__(self, journal: Journal, losses: Sequence[float] = (2.0,)) -> None:
@@ -210,6 +210,10 @@ class NotingEngine:
 
     def backward(self, loss: Tensor) -> None:
         self._journal.append("backward")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        yield
 
     def update(self, lr: float) -> float:
         self._journal.append("update")

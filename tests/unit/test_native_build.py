@@ -15,7 +15,15 @@ import pytest
 
 from holdfast import native_build
 from holdfast.fault_tolerance.build_kernels import NATIVE as STAGING
-from holdfast.native_build import KernelsNotBuilt, NativeLibrary, compile_library, find_compiler, known_to, main
+from holdfast.native_build import (
+    SHARED,
+    KernelsNotBuilt,
+    NativeLibrary,
+    compile_library,
+    find_compiler,
+    known_to,
+    main,
+)
 from holdfast.optim.build_kernels import NATIVE as OPTIM
 
 _ROOT = Path(__file__).parents[2]
@@ -107,7 +115,7 @@ def test_a_change_of_a_source_of_its_name_or_of_a_flag_makes_a_library_outdated(
     digests = {library.digest()}
     shutil.copytree(library.kernels, tmp_path / "kernels")
     library = replace(library, kernels=tmp_path / "kernels")
-    assert library.is_current(built)
+    assert library.is_current(built) and SHARED / "dispatch.h" in library.sources()
     header = tmp_path / "kernels" / "abi.h"
     header.write_bytes(header.read_bytes() + b"\n")
     digests.add(library.digest())
@@ -256,6 +264,7 @@ def test_a_wheel_is_for_one_platform_with_the_library_and_for_all_without(tmp_pa
     for library in _FUNCTION_OF:
         kernels = library.kernels.relative_to(_ROOT)
         assert {str(kernels / name) for name in (library.path.name, "engine.cpp", "abi.h")} <= names
+    assert "holdfast/kernels/dispatch.h" in names
     wheel.unlink()
 
     without = _wheel(tmp_path, {"CXX": "nowhere"})  # what the first build has left is there

@@ -3,31 +3,11 @@
 #include <cstring>
 
 #include "abi.h"
+#include "dispatch.h"
 #include "steering.h"
 #include "xxh3.h"
 
-// KERNELS of each engine object, renamed by the build.
-extern const Kernels kernels_portable;
-#ifdef HOLDFAST_HAS_AVX2
-extern const Kernels kernels_avx2;
-#endif
-#ifdef HOLDFAST_HAS_AVX512
-extern const Kernels kernels_avx512;
-#endif
-
 namespace {
-
-enum Isa : int32_t { PORTABLE, AVX2, AVX512 };
-
-const Kernels* kernels_of(int32_t isa) {
-#ifdef HOLDFAST_HAS_AVX2
-  if (isa == AVX2) return &kernels_avx2;
-#endif
-#ifdef HOLDFAST_HAS_AVX512
-  if (isa == AVX512) return &kernels_avx512;
-#endif
-  return isa == PORTABLE ? &kernels_portable : nullptr;
-}
 
 // What remains of a row after its whole blocks: at least a byte, at most a block. It lies in the target already.
 xxh3::Digest finish(const Kernels& kernels, const uint8_t* row, int64_t whole, int64_t length, uint64_t* state) {
@@ -79,21 +59,6 @@ bool stage(const Kernels& kernels, const Row* rows, int64_t count, uint8_t* targ
 }  // namespace
 
 extern "C" {
-
-#define EXPORT __attribute__((visibility("default")))
-
-EXPORT const char* holdfast_sources() { return HOLDFAST_SOURCES; }  // digest, see native_build.py
-
-EXPORT int32_t holdfast_is_supported(int32_t isa) {
-  if (!kernels_of(isa)) return 0;
-#ifdef __x86_64__
-  if (isa == AVX2) return __builtin_cpu_supports("avx2") != 0;
-  if (isa == AVX512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#endif
-  return isa == PORTABLE;
-}
 
 // Returns 1 when every row has been staged, 0 when the call was stopped, -1 for an unknown instruction set.
 EXPORT int32_t holdfast_stage(int32_t isa, const Row* rows, int64_t count, uint8_t* target, const Steering* steering,

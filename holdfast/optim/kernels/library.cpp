@@ -5,36 +5,10 @@
 
 #include "abi.h"
 #include "codebook.h"
+#include "dispatch.h"
 #include "team.h"
 
-// KERNELS of each engine object, renamed by the build.
-extern const Kernels kernels_portable;
-#ifdef HOLDFAST_HAS_AVX2
-extern const Kernels kernels_avx2;
-#endif
-#ifdef HOLDFAST_HAS_AVX512
-extern const Kernels kernels_avx512;
-#endif
-#ifdef HOLDFAST_HAS_AVX512VBMI
-extern const Kernels kernels_avx512vbmi;
-#endif
-
 namespace {
-
-enum Isa : int32_t { PORTABLE, AVX2, AVX512, AVX512VBMI, ISAS };
-
-const Kernels* kernels_of(int32_t isa) {
-#ifdef HOLDFAST_HAS_AVX2
-  if (isa == AVX2) return &kernels_avx2;
-#endif
-#ifdef HOLDFAST_HAS_AVX512
-  if (isa == AVX512) return &kernels_avx512;
-#endif
-#ifdef HOLDFAST_HAS_AVX512VBMI
-  if (isa == AVX512VBMI) return &kernels_avx512vbmi;
-#endif
-  return isa == PORTABLE ? &kernels_portable : nullptr;
-}
 
 constexpr int64_t CHUNK = 1 << 14;  // elements; a multiple of every block size
 
@@ -79,24 +53,8 @@ double sum_by_halving(const double* x, int64_t n, int64_t stride) {
 
 extern "C" {
 
-#define EXPORT __attribute__((visibility("default")))
-
 EXPORT void holdfast_set_codebooks(const float* signed_values, const float* unsigned_values) {
   codebooks::make(signed_values, unsigned_values);
-}
-
-EXPORT const char* holdfast_sources() { return HOLDFAST_SOURCES; }  // digest, see build_kernels.py
-
-EXPORT int32_t holdfast_is_supported(int32_t isa) {
-  if (!kernels_of(isa)) return 0;
-#ifdef __x86_64__
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (isa == AVX2) return __builtin_cpu_supports("avx2") != 0;
-  if (isa == AVX512) return avx512;
-  if (isa == AVX512VBMI) return avx512 && __builtin_cpu_supports("avx512vbmi");
-#endif
-  return isa == PORTABLE;
 }
 
 EXPORT int32_t holdfast_update(int32_t isa, int32_t rule, const Row* rows, int64_t count,

@@ -314,7 +314,7 @@ def test_a_quarantined_copy_is_not_offered_again_and_nothing_else_is_touched() -
 # -- killing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pid", [0, 1, -1, -77, os.getpid()])
+@pytest.mark.parametrize("pid", [0, 1, -1, -77, pytest.param(os.getpid(), id="its own")])
 def test_a_keeper_never_kills_itself_or_a_whole_group(pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal was sent"))
     with pytest.raises(InvariantViolation, match=f"asked to kill pid {pid}"):

@@ -23,14 +23,18 @@ from holdfast.events import (
     RecoveryPlanned,
     StopRequested,
 )
-from holdfast.fault_tolerance import checkpoint, commit
+from holdfast.fault_tolerance import checkpoint
 from holdfast.fault_tolerance import messages as m
+from holdfast.fault_tolerance.commit import CommitRecord
+from holdfast.fault_tolerance.commit_json import to_json
+from holdfast.fault_tolerance.commit_outcome import Report as KeepersReport
 from holdfast.fault_tolerance.config import ChaosConfig, RecoveryConfig
 from holdfast.fault_tolerance.lanes import make_lanes
 from holdfast.fault_tolerance.machine import Layout, Supervisor
 from holdfast.fault_tolerance.storage import DirectoryStorage, open_storage
 from holdfast.launch import conductor as conductor_module
-from holdfast.launch.conductor import Conductor, ProcessSpecs, Verdict
+from holdfast.launch.conductor import Conductor, Verdict
+from holdfast.launch.crew import ProcessSpecs
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
 from holdfast.trainer.config import TrainerConfig
@@ -86,7 +90,7 @@ class _Fleet:
         """What rank 0 has to tell besides steps."""
         self.memory: dict[int, dict[int, int]] = {rank: {} for rank in range(_WORLD)}
         """Epoch by version by rank; a worker carries it over when its keeper is replaced."""
-        self.records: dict[int, list[commit.CommitRecord]] = {node: [] for node in range(_WORLD)}
+        self.records: dict[int, list[CommitRecord]] = {node: [] for node in range(_WORLD)}
         """What the keeper of each node knows to be committed; it goes with the keeper."""
         self.step, self.kept = 0, set[int]()
         self._reports: dict[int, list[StepReport]] = {rank: [] for rank in range(_WORLD)}
@@ -167,9 +171,9 @@ class _Fleet:
             {"version": v, "epoch": e, "world": _WORLD, "digest": f"{v}-{e}", **size}
             for v, e in self.memory[node].items()
         ]
-        report = commit.Report(node, epoch, tuple(self.records[node]), (), ())
+        report = KeepersReport(node, epoch, tuple(self.records[node]), (), ())
         parity = [record.key for record in self.records[node]]
-        told = {"held": {str(node): held}, "former": [], "parity": parity, "report": commit.to_json(report)}
+        told = {"held": {str(node): held}, "former": [], "parity": parity, "report": to_json(report)}
         return {"roster": 0, **told}
 
     def _begin(self, node: int, plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:

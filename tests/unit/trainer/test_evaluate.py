@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from holdfast import failpoints
+from holdfast.parallel.microbatches import Microbatch, OneByOne
 from holdfast.trainer.evaluate import evaluate
-from holdfast.trainer.step import Microbatch
 from tests.support.tiny_training import Alone, Journal, Scripted, Threads, TinyEngine, microbatches
 
 
-class _Engine:
+class _Engine(OneByOne):
     """The loss of a batch is its first token."""
 
     def __init__(self) -> None:
@@ -33,6 +33,9 @@ class _Engine:
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         self.journal.append("loss")
         return tokens[0, 0].float()
+
+    def backward(self, loss: Tensor) -> None:
+        raise AssertionError("an evaluation takes no gradients")
 
 
 def _batch(loss: int, sequences: int, byte_targets: int) -> Microbatch:

@@ -15,12 +15,13 @@ from holdfast import failpoints
 from holdfast.errors import Abort, InsufficientShards, InvariantViolation, NonFiniteStep, SnapshotError
 from holdfast.fault_tolerance.messages import Outcome
 from holdfast.fault_tolerance.snapshot import MemorySnapshotter
+from holdfast.parallel.microbatches import Microbatch
 from holdfast.trainer import step
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.loop import Ending, Goal, Trainer
 from holdfast.trainer.observers import MemoryWatcher
 from holdfast.trainer.state import StateView, TrainState
-from holdfast.trainer.step import Communicator, Microbatch, StepParts
+from holdfast.trainer.step import Communicator, StepParts
 from holdfast.types import CopyReport, Phase, RankState, StepReport
 from tests.support.tiny_training import (
     Alone,

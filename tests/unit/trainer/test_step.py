@@ -11,8 +11,9 @@ import torch
 
 from holdfast import failpoints
 from holdfast.errors import Abort, NonFiniteStep
+from holdfast.parallel.microbatches import Microbatch
 from holdfast.trainer.state import StateView, TrainState
-from holdfast.trainer.step import Microbatch, Pending, StepParts, offer, train_step, vote
+from holdfast.trainer.step import Pending, StepParts, offer, train_step, vote
 from holdfast.types import StepReport
 from tests.support.tiny_training import (
     Journal,

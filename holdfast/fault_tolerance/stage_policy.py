@@ -1,0 +1,256 @@
+"""From which other stages a lost pipeline stage is rebuilt. Pure: the pipeline goes in, a reasoned plan comes out.
+
+A stage is lost when no rank holds its weights any more; while one data-parallel replica lives, the stage is copied from
+it, exactly, whatever was wished. Everything else is approximate: training goes on from weights that no undisturbed run
+would have had. A stage that is lost itself is never a source, not even after it has been rebuilt, so adjacent stages
+lost together need another source (arXiv 2506.15461 leaves them to future work).
+
+Stages and layers count from 0, where the paper counts from 1: its S1 is stage 0, its Ss stage s - 1.
+
+Source: CheckFree and CheckFree+, arXiv 2506.15461, sections 4.2 and 4.3 with algorithm 1; code at gensyn-ai/CheckFree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from holdfast.errors import ConfigurationError
+
+__all__ = [
+    "EndPairs",
+    "RateMode",
+    "Refusal",
+    "Repair",
+    "RepairPlan",
+    "StageRepair",
+    "plan_repair",
+    "rate_factor",
+]
+
+_FEWEST_FOR_PLUS = 4
+"""Stages of two end pairs that have nothing in common."""
+
+
+class Repair(Enum):
+    """How a lost stage gets its weights."""
+
+    CHECKFREE = "checkfree"
+    """The average of both neighbours, weighted by their gradient norms. The first and the last stage have one each."""
+    CHECKFREE_PLUS = "checkfree_plus"
+    """As CHECKFREE inside; the ends are copies of what was trained in their place, see :class:`EndPairs`. A wish only:
+    a plan names the CHECKFREE, COPY_NEXT or COPY_PREVIOUS that it comes to."""
+    COPY_PREVIOUS = "copy_previous"
+    """The stage before it."""
+    COPY_NEXT = "copy_next"
+    """The stage behind it."""
+    UNIFORM = "uniform"
+    """The plain average of both neighbours."""
+    RANDOM = "random"
+    """Fresh weights."""
+    IDENTITY = "identity"
+    """Output projections of zero, so that residual blocks pass on their input; the rest from a neighbour, or fresh."""
+    EXACT = "exact"
+    """The same stage in a live data-parallel replica."""
+
+
+class EndPairs(Enum):
+    """Which stages CHECKFREE_PLUS copies. It swaps the first two and the last two stages in half of the microbatches,
+    so that each has learned to stand in for the other."""
+
+    PAPER = "paper"
+    """The first stage from the second, the last from the last but one; these two are averaged (section 4.3)."""
+    CODE = "code"
+    """All four from their partner, as the released code does: of six stages only two are ever averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRepair:
+    """What is done for one lost stage."""
+
+    stage: int
+    repair: Repair
+    """Never CHECKFREE_PLUS."""
+    sources: tuple[int, ...]
+    """Stages whose weights are read, in the order of the pipeline; none for fresh weights, itself for EXACT."""
+    is_approximate: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A lost stage that the wished repair cannot rebuild."""
+
+    stage: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RepairPlan:
+    """One entry per lost stage, in the order of the pipeline, among either ``repairs`` or ``refusals``."""
+
+    repairs: tuple[StageRepair, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing was refused. Otherwise the run needs another source, and the repairs are of no use."""
+        return not self.refusals
+
+    @property
+    def is_approximate(self) -> bool:
+        return any(each.is_approximate for each in self.repairs)
+
+
+def plan_repair(
+    layers: Sequence[int],
+    lost: Collection[int],
+    *,
+    wish: Repair,
+    replicated: Collection[int] = (),
+    end_pairs: EndPairs = EndPairs.PAPER,
+) -> RepairPlan:
+    """What is to be done for each of the ``lost`` stages of a pipeline, or why it cannot be done.
+
+    ``layers`` holds the number of layers of each stage, and thereby the number of stages. ``replicated`` are the
+    stages that a live data-parallel replica still holds; each of them can be rebuilt, and be a source for others.
+
+    Raises: ConfigurationError for stages that do not exist, or without layers.
+    """
+    if problems := _problems(layers, lost, replicated):
+        raise ConfigurationError(problems)
+    gone = frozenset(lost) - frozenset(replicated)
+    answers = [_exact(s) if s not in gone else _answer(s, layers, gone, wish, end_pairs) for s in sorted(set(lost))]
+    return RepairPlan(
+        tuple(each for each in answers if isinstance(each, StageRepair)),
+        tuple(each for each in answers if isinstance(each, Refusal)),
+    )
+
+
+def _problems(layers: Sequence[int], lost: Collection[int], replicated: Collection[int]) -> list[str]:
+    found = [f"stage {s} has {n} layers; every stage needs at least 1" for s, n in enumerate(layers) if n < 1]
+    for stage in sorted({*lost, *replicated} - set(range(len(layers)))):
+        found.append(f"stage {stage} does not exist; {len(layers)} stages are numbered from 0")
+    return found
+
+
+def _exact(stage: int) -> StageRepair:
+    return StageRepair(stage, Repair.EXACT, (stage,), False, f"a data-parallel replica of stage {stage} is alive")
+
+
+def _answer(
+    stage: int, layers: Sequence[int], gone: Collection[int], wish: Repair, end_pairs: EndPairs
+) -> StageRepair | Refusal:
+    if wish is Repair.EXACT:
+        return Refusal(stage, f"no data-parallel replica of stage {stage} is alive")
+    if wish is Repair.RANDOM:
+        return StageRepair(stage, wish, (), True, f"stage {stage} starts from fresh weights, as wished")
+    if wish is Repair.IDENTITY:
+        return _identity(stage, layers, gone)
+    if wish is Repair.CHECKFREE_PLUS:
+        if len(layers) < _FEWEST_FOR_PLUS:
+            return Refusal(
+                stage,
+                f"{wish.name} swaps the first two and the last two stages; {len(layers)} stages are too few, "
+                f"{_FEWEST_FOR_PLUS} are needed",
+            )
+        wish = _meaning_of_plus(stage, len(layers), end_pairs)
+    return _from_neighbours(stage, layers, gone, wish)
+
+
+def _meaning_of_plus(stage: int, stages: int, end_pairs: EndPairs) -> Repair:
+    if stage == 0 or (stage == stages - 2 and end_pairs is EndPairs.CODE):
+        return Repair.COPY_NEXT
+    if stage == stages - 1 or (stage == 1 and end_pairs is EndPairs.CODE):
+        return Repair.COPY_PREVIOUS
+    return Repair.CHECKFREE
+
+
+_NEIGHBOURS = {
+    Repair.CHECKFREE: (-1, 1),
+    Repair.UNIFORM: (-1, 1),
+    Repair.COPY_PREVIOUS: (-1,),
+    Repair.COPY_NEXT: (1,),
+}
+_WORDS = {
+    Repair.CHECKFREE: "the average, weighted by gradient norms, of",
+    Repair.UNIFORM: "the plain average of",
+    Repair.COPY_PREVIOUS: "a copy of",
+    Repair.COPY_NEXT: "a copy of",
+}
+
+
+def _from_neighbours(stage: int, layers: Sequence[int], gone: Collection[int], repair: Repair) -> StageRepair | Refusal:
+    sources = tuple(stage + offset for offset in _NEIGHBOURS[repair])
+    if against := _against(stage, sources, layers, gone):
+        return Refusal(stage, f"{repair.name} of stage {stage}: {against}")
+    named = " and ".join(f"stage {source}" for source in sources)
+    return StageRepair(stage, repair, sources, True, f"stage {stage} becomes {_WORDS[repair]} {named}")
+
+
+def _identity(stage: int, layers: Sequence[int], gone: Collection[int]) -> StageRepair:
+    """Needs no neighbour, but takes one where there is one: norms and inner matrices of a trained stage."""
+    near = [(source,) for source in (stage - 1, stage + 1) if not _against(stage, (source,), layers, gone)]
+    sources = near[0] if near else ()
+    inside = f"those of stage {sources[0]}" if sources else "fresh"
+    reason = f"stage {stage} passes on its input; its other weights are {inside}"
+    return StageRepair(stage, Repair.IDENTITY, sources, True, reason)
+
+
+def _against(stage: int, sources: Sequence[int], layers: Sequence[int], gone: Collection[int]) -> str:
+    """Why these cannot be the sources, empty if they can."""
+    outside = [source for source in sources if not 0 <= source < len(layers)]
+    if outside:
+        return f"there is no stage {'before' if outside[0] < 0 else 'behind'} it"
+    if also_lost := [source for source in sources if source in gone]:
+        return f"stage {also_lost[0]}, which it would be rebuilt from, is lost with it"
+    if unequal := [source for source in sources if layers[source] != layers[stage]]:
+        return f"it has {layers[stage]} layers and stage {unequal[0]} has {layers[unequal[0]]}; they must be equal"
+    return ""
+
+
+class RateMode(Enum):
+    """What becomes of a recovered stage's learning rate."""
+
+    ONCE = "once"
+    """The base factor from its first recovery on, however many follow: the released code."""
+    COMPOUNDING = "compounding"
+    """Multiplied by the base factor at each recovery: algorithm 1 of the paper, read literally."""
+    DECAYING = "decaying"
+    """The base factor at each recovery, falling linearly to 1: in neither."""
+
+
+def rate_factor(base: float, mode: RateMode, recoveries: int, *, steps_since: int = 0, decay_steps: int = 0) -> float:
+    """By what the learning rate of one stage is multiplied, after the schedule; 1 for a stage never recovered.
+
+    Units: ``recoveries`` is how often this stage was rebuilt approximately, ``steps_since`` the optimizer steps it has
+    made since the last time. Only DECAYING asks for that and for ``decay_steps``, after which the factor is 1.
+    Raises: ConfigurationError for values outside of their range, and for a factor too large for a float.
+    Source: arXiv 2506.15461, algorithm 1 (base 1.1); released code: 1.1, for the medium model and so table 2: 1.2.
+    """
+    if problems := _rate_problems(base, mode, recoveries, steps_since, decay_steps):
+        raise ConfigurationError(problems)
+    if recoveries == 0:
+        return 1.0
+    if mode is RateMode.ONCE:
+        return base
+    if mode is RateMode.DECAYING:
+        return 1.0 + (base - 1.0) * max(0.0, 1.0 - steps_since / decay_steps)
+    if recoveries * math.log(base) > math.log(2.0**1000):
+        raise ConfigurationError(
+            f"factor {base} compounded over {recoveries} recoveries is too large to train with; use another mode"
+        )
+    return float(base**recoveries)
+
+
+def _rate_problems(base: float, mode: RateMode, recoveries: int, steps_since: int, decay_steps: int) -> list[str]:
+    found = []
+    if not (base > 0 and math.isfinite(base)):
+        found.append(f"learning rate factor {base} must be positive and finite, for example 1.1")
+    if recoveries < 0 or steps_since < 0:
+        found.append(f"recoveries={recoveries} and steps_since={steps_since} must not be negative")
+    if mode is RateMode.DECAYING and decay_steps < 1:
+        found.append(f"{mode.name} falls over decay_steps={decay_steps}; it must be at least 1")
+    return found

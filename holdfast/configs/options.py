@@ -21,6 +21,7 @@ _WORDS: dict[object, str] = {
     float: "a number",
     bool: "true or false",
     str: "text",
+    list[int]: "a list of whole numbers, for example [2,2,3]",
     list[float]: "a list of numbers, for example [0.9,0.95]",
     list[str]: 'a list of texts, for example ["one","two"]',
     dict[str, Any]: "names with values, for example {nesterov: true}",

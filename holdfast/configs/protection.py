@@ -8,6 +8,7 @@ from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.lanes import parity_buffers
 from holdfast.fault_tolerance.placement import Grouping, make_groups
+from holdfast.parallel.pipeline_plan import replicas
 
 __all__ = ["fewer_nodes", "parity_ratio", "protection_groups", "protection_problems", "zones_of"]
 
@@ -35,7 +36,11 @@ def fewer_nodes(config: RunConfig) -> list[int]:
         return []
     shares = trainer.global_batch // trainer.micro_batch
     counts = range(launch.nodes - 1, max(recovery.min_nodes, 1) - 1, -1)
-    return [nodes for nodes in counts if shares % (nodes * launch.workers_per_node) == 0]
+    return [nodes for nodes in counts if _divides(config, shares, nodes * launch.workers_per_node)]
+
+
+def _divides(config: RunConfig, shares: int, ranks: int) -> bool:
+    return ranks % config.parallel.pipeline == 0 and shares % replicas(config.parallel, ranks) == 0
 
 
 def _ratio_of(config: RunConfig, nodes: int) -> float:

@@ -26,9 +26,10 @@ from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
 from holdfast.optim.config import moment_count
+from holdfast.parallel.pipeline_plan import PipelinePlan, plan_pipeline, replicas
 from holdfast.trainer.config import DataSource
 from holdfast.trainer.sizing import check as check_model
-from holdfast.trainer.sizing import parameter_count
+from holdfast.trainer.sizing import largest_piece, layer_costs, parameter_count
 
 __all__ = ["Host", "check", "keeper_limit_bytes", "never_happens", "refuse_bad", "state_bytes", "this_host"]
 
@@ -140,6 +141,8 @@ _RULES: Mapping[str, _Rule] = {
     "data.validation_share": (lambda v: 0 < v < 1, "between 0 and 1, both excluded: both parts need text"),
     "data.cache": (_is_absolute_or_empty, _ABSOLUTE),
     "parallel.zero_stage": (lambda v: 0 <= v <= 3, "0, 1, 2 or 3"),
+    "parallel.pipeline": _POSITIVE_COUNT,
+    "parallel.chunks": _POSITIVE_COUNT,
     "parallel.collective_timeout_s": _SECONDS,
     "parallel.bucket_elements": _POSITIVE_COUNT,
     "snapshot.every_steps": _POSITIVE_COUNT,
@@ -192,6 +195,35 @@ def _world(config: RunConfig) -> int:
     return config.launch.nodes * config.launch.workers_per_node
 
 
+def _replicas(config: RunConfig) -> int:
+    """Ranks that see different samples; 0 for none."""
+    return replicas(config.parallel, _world(config)) if _world(config) > 0 else 0
+
+
+def _pipeline(config: RunConfig) -> Iterator[str]:
+    parallel, trainer = config.parallel, config.trainer
+    if parallel.pipeline == 1:
+        is_set = {"chunks": parallel.chunks > 1, "blocks": bool(parallel.blocks), "swapped": parallel.swapped}
+        for key in (key for key, is_there in is_set.items() if is_there):
+            value = getattr(parallel, key)
+            yield f"parallel.{key}={value} is of a pipeline, and there is none; set parallel.pipeline too"
+    if parallel.pipeline < 2 or check_model(config.model):
+        return  # there is none, or its parts are reported already
+    if min(parallel.chunks, _world(config), trainer.micro_batch) < 1:
+        return
+    try:
+        _pipeline_plan(config)
+    except ConfigurationError as error:
+        yield from error.problems
+
+
+def _pipeline_plan(config: RunConfig) -> PipelinePlan:
+    """Raises: ConfigurationError."""
+    microbatches = config.trainer.global_batch // (config.trainer.micro_batch * _replicas(config))
+    costs = layer_costs(config.model, config.data.seq_len)
+    return plan_pipeline(config.parallel, costs, world=_world(config), microbatches=microbatches)
+
+
 def _model(config: RunConfig) -> Iterator[str]:
     yield from check_model(config.model)
     longest = config.model.max_seq_len
@@ -234,9 +266,10 @@ def _missing_files(config: RunConfig) -> list[str]:
 
 
 def _batch(config: RunConfig) -> Iterator[str]:
-    batch, micro, world = config.trainer.global_batch, config.trainer.micro_batch, _world(config)
+    batch, micro, world = config.trainer.global_batch, config.trainer.micro_batch, _replicas(config)
     if min(batch, micro, world) < 1:
         return  # reported already
+    who = "ranks" if config.parallel.pipeline <= 1 else "replicas of the pipeline"
     unit = micro * world
     if batch % unit:
         near = [str(near) for near in (batch - batch % unit, batch - batch % unit + unit) if near]
@@ -245,14 +278,14 @@ def _batch(config: RunConfig) -> Iterator[str]:
             fitting = max(size for size in range(1, micro + 1) if batch // world % size == 0)
             advice += f", or trainer.micro_batch={fitting}"
         else:
-            advice += f"; a run that is continued keeps its batch: give it {_fitting_worlds(batch, world)} ranks"
+            advice += f"; a run that is continued keeps its batch: give it {_fitting_worlds(batch, world)} {who}"
         yield (
-            f"trainer.global_batch={batch} must be a multiple of trainer.micro_batch x ranks = "
+            f"trainer.global_batch={batch} must be a multiple of trainer.micro_batch x {who} = "
             f"{micro} x {world} = {unit}; {advice}"
         )
     if config.trainer.eval_windows < world:
         yield (
-            f"trainer.eval_windows={config.trainer.eval_windows} must be at least the number of ranks, {world}: "
+            f"trainer.eval_windows={config.trainer.eval_windows} must be at least the number of {who}, {world}: "
             f"each evaluates equally many; try trainer.eval_windows={4 * world}"
         )
 
@@ -360,6 +393,7 @@ _PARTS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model,
     _optim,
     _data,
+    _pipeline,
     _batch,
     _snapshots,
     protection_problems,
@@ -381,8 +415,17 @@ def state_bytes(config: RunConfig) -> int:
     """
     moment = 1 + 4 / config.optim.block_size if config.optim.name.is_8bit else 4
     moments = moment_count(config.optim) * moment
-    shards = _world(config) if config.parallel.zero_stage >= 1 else 1
-    return math.ceil(parameter_count(config.model) * (4 + moments) / shards)
+    shards = _replicas(config) if config.parallel.zero_stage >= 1 else 1
+    return math.ceil(_parameters_of_process(config) * (4 + moments) / shards)
+
+
+def _parameters_of_process(config: RunConfig) -> int:
+    """Of the one that has most."""
+    try:
+        plan = _pipeline_plan(config) if config.parallel.pipeline > 1 else None
+    except ConfigurationError:  # reported already
+        plan = None
+    return parameter_count(config.model) if plan is None else largest_piece(config.model, plan)
 
 
 def keeper_limit_bytes(config: RunConfig, host: Host) -> int:

@@ -312,8 +312,7 @@ class Conductor:
         if roster.number != self._roster.number:
             self._protection.move_to(roster)
             self._pulse.move_to(roster.number)
-            zero_stage = self._config.parallel.zero_stage
-            self._durable.move_to(roster.world, identity.layout(world=roster.world, zero_stage=zero_stage))
+            self._durable.move_to(roster.world, identity.layout(self._config.parallel, world=roster.world))
 
     def _ask_what_is_held(self, epoch: int) -> None:
         def then(answers: Gathered) -> None:

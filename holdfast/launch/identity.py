@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from holdfast import __version__
+from holdfast.parallel.config import ParallelConfig
 
 __all__ = ["FREE_KEYS", "config_digest", "git_commit", "layout", "new_run_id", "versions"]
 
@@ -46,6 +47,10 @@ FREE_KEYS: Mapping[str, str] = {
     "model.name": "a label",
     "trainer.micro_batch": "in how many passes a rank sees its share of the global batch; the samples stay the same",
     "parallel.zero_stage": "where state lives, not what it is; a checkpoint is read in any layout",
+    "parallel.pipeline": "where layers live",
+    "parallel.schedule": "in which order microbatches take turns; the sums are the same",
+    "parallel.chunks": "where layers live",
+    "parallel.blocks": "where layers live",
     "parallel.collective_timeout_s": "a deadline",
     "launch": "processes; a checkpoint is read by any number of ranks",
     "recovery": "deadlines and budgets",
@@ -73,9 +78,14 @@ def _fixed(section: Mapping[str, object], prefix: str) -> Iterator[tuple[str, ob
             yield key, value
 
 
-def layout(*, world: int, zero_stage: int) -> str:
+def layout(parallel: ParallelConfig, *, world: int) -> str:
     """How the state is divided among ranks, in the words of a checkpoint's record."""
-    return f"{world} {'rank' if world == 1 else 'ranks'}, ZeRO stage {zero_stage}"
+    ranks = f"{world} {'rank' if world == 1 else 'ranks'}, ZeRO stage {parallel.zero_stage}"
+    if parallel.pipeline == 1:
+        return ranks
+    blocks = f" of {'+'.join(map(str, parallel.blocks))} blocks" if parallel.blocks else ""
+    swapped = ", swapped" if parallel.swapped else ""
+    return f"{ranks}, pipeline of {parallel.pipeline} x {parallel.chunks}{blocks}{swapped}"
 
 
 def new_run_id(now: datetime | None = None, rng: random.Random | None = None) -> str:

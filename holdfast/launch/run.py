@@ -184,7 +184,7 @@ class _Drive:
             world=layout.world,
             config_digest=self._digest,
             events=sinks,
-            layout=identity.layout(world=layout.world, zero_stage=config.parallel.zero_stage),
+            layout=identity.layout(config.parallel, world=layout.world),
         )
         return Conductor(
             config,

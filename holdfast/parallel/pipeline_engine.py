@@ -29,6 +29,8 @@ from holdfast.types import Precision, StateSlice
 __all__ = ["PipelineEngine", "PipelineOptions", "Place"]
 
 _SHARED_TAG, _EXPORT_TAG = 1 << 24, 1 << 26
+_MOST_GROUPS = 4
+"""Of ``optim.parameter_groups``: with decay and without, of 8 bits and of 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +197,13 @@ class PipelineEngine:
 
     def scalars(self) -> Mapping[str, object]:
         """What the optimizer keeps besides tensors, as JSON values, by parameter group, and the stages' norms."""
-        of_groups = {str(f.group): dict(self._states.scalars(self._optimizer, f.master)) for f in self._flats}
+        # All groups count the same steps, and stages differ in the groups that they have: so every rank names all.
+        values = self._states.scalars(self._optimizer, self._flats[0].master)
+        of_groups = {str(number): dict(values) for number in range(_MOST_GROUPS)}
         return {**of_groups, "stage_norms": list(self.stage_norms)}
 
     def load_scalars(self, scalars: Mapping[str, object]) -> None:
-        """Put back what ``scalars`` returned, here or on any other rank. Steps are counted alike in all groups, of
-        which another stage, or another layout, may have fewer."""
+        """Put back what ``scalars`` returned, here or on any other rank or in another layout."""
         self.stage_norms = tuple(cast(Sequence[float], scalars.get("stage_norms", ())))
         of_groups = {key: values for key, values in scalars.items() if key != "stage_norms"}
         for flat in self._flats:

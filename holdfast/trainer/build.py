@@ -10,21 +10,22 @@ from typing import Protocol
 
 import torch
 
-from holdfast import failpoints, optim
+from holdfast import failpoints
 from holdfast.fault_tolerance.config import SnapshotConfig
 from holdfast.optim.config import OptimConfig
 from holdfast.optim.schedules import learning_rate
 from holdfast.parallel.comms import TorchCommunicator
 from holdfast.parallel.config import ParallelConfig
 from holdfast.parallel.microbatches import Microbatch
-from holdfast.parallel.zero import ZeroEngine, ZeroOptions
+from holdfast.parallel.pipeline_plan import replicas
 from holdfast.trainer import tokenizer
 from holdfast.trainer.config import DataConfig, ModelConfig, NonFinite, TrainerConfig
 from holdfast.trainer.data import Batches, target_bytes
+from holdfast.trainer.engines import Work, build_engine
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.export import export_weights
 from holdfast.trainer.loop import Goal, Trainer
-from holdfast.trainer.model import Decoder, generate, initialise
+from holdfast.trainer.model import Decoder, generate
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.state import StateView, TrainState
 from holdfast.trainer.step import Communicator, Snapshots, StepParts
@@ -81,7 +82,7 @@ class Job:
         with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
             alone = TorchCommunicator.join(f"{folder}/alone", rank=0, world=1, backend=self.backend, timeout_s=60.0)
             try:
-                engine = _build_engine(options, _TINY, self.device, micro_batch=1, accumulation=1)
+                engine = build_engine(options, _TINY, self.device, Work(1, 1, _TINY.max_seq_len), rank=0, world=1)
                 engine.forward_backward([(tokens, tokens, 0)])
                 engine.update(options.optim.lr)
                 engine.refresh()
@@ -104,15 +105,13 @@ class RankRun:
             seq_len=options.data.seq_len,
             global_batch=options.trainer.global_batch,
             micro_batch=options.trainer.micro_batch,
-            rank=comm.rank,
-            world=comm.world,
+            rank=comm.rank // options.parallel.pipeline,
+            world=replicas(options.parallel, comm.world),
         )
         torch.manual_seed(options.seed + comm.rank)  # whatever else this process has drawn
-        micro_batch = options.trainer.micro_batch
-        accumulation = options.trainer.global_batch // (micro_batch * comm.world)
-        self._engine = _build_engine(
-            options, options.model, job.device, micro_batch=micro_batch, accumulation=accumulation
-        )
+        trainer, shares = options.trainer, replicas(options.parallel, comm.world)
+        work = Work(trainer.micro_batch, trainer.global_batch // (trainer.micro_batch * shares), options.data.seq_len)
+        self._engine = build_engine(options, options.model, job.device, work, rank=comm.rank, world=comm.world)
         self.view = StateView(TrainState(), self._engine, rank=comm.rank)
         steps = options.trainer.max_steps
         parts = StepParts(
@@ -183,29 +182,6 @@ class RankRun:
         """Collective. Bits per byte of held-out text, and in how many windows."""
         bits = evaluate(self._engine, self._comm, self._validation(), step)
         return bits, self._job.options.trainer.eval_windows
-
-
-def _build_engine(
-    options: Options, config: ModelConfig, device: torch.device, *, micro_batch: int, accumulation: int
-) -> ZeroEngine:
-    model = Decoder(config)
-    initialise(model, options.seed)
-    model.to(device)
-    return ZeroEngine(
-        model,
-        optim.parameter_groups(model, options.optim),
-        lambda groups: optim.build_optimizer(options.optim, groups),
-        optim,
-        ZeroOptions(
-            stage=options.parallel.zero_stage,
-            precision=options.parallel.precision,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            grad_clip=options.optim.grad_clip,
-            bucket_elements=options.parallel.bucket_elements,
-            block_size=options.optim.block_size if options.optim.name.is_8bit else 1,
-        ),
-    )
 
 
 def _sample(options: Options, weights: Mapping[str, torch.Tensor]) -> str:

@@ -23,7 +23,7 @@ from holdfast.errors import ConfigurationError, InvariantViolation
 from holdfast.trainer import sizing
 from holdfast.trainer.config import ModelConfig
 
-__all__ = ["Block", "Decoder", "Embedding", "Head", "generate", "initial_weight", "initialise"]
+__all__ = ["Block", "Decoder", "Embedding", "Head", "Layers", "generate", "initial_weight", "initialise"]
 
 _WEIGHT_STD = 0.02
 _RESIDUAL_OUTPUTS = ("attention.wo.weight", "feed_forward.w_down.weight")
@@ -161,7 +161,13 @@ class Head(nn.Module):
         return logits_BTV
 
 
-class Decoder(nn.Module):
+class Layers(nn.Module):
+    """All layers of a decoder or some of them, under the names that they have in the whole one."""
+
+    config: ModelConfig
+
+
+class Decoder(Layers):
     """Tokens -> logits, or the loss. The matrices are NaN until :func:`initialise` or ``load_state_dict``.
 
     Tied embeddings are one parameter, ``embedding.weight``; ``load_state_dict`` needs it once.
@@ -230,7 +236,7 @@ def initial_weight(name: str, shape: Sequence[int], *, seed: int, n_layers: int)
 
 
 @torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
+def initialise(model: Layers, seed: int) -> None:
     """Fill every parameter with :func:`initial_weight`, whatever its device and dtype. Not after sharding."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.numel() == 0:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from holdfast.parallel.partition import LayerCosts, estimate_costs
+from holdfast.parallel.pipeline_plan import PipelinePlan
 from holdfast.trainer.config import ModelConfig
 
-__all__ = ["MIN_VOCAB_SIZE", "check", "flops_per_token", "parameter_count"]
+__all__ = ["MIN_VOCAB_SIZE", "check", "flops_per_token", "largest_piece", "layer_costs", "parameter_count"]
 
 MIN_VOCAB_SIZE = 259
 """256 byte values, <bos>, <eos>, <pad>."""
@@ -21,6 +23,22 @@ def parameter_count(config: ModelConfig) -> int:
     return tables * config.vocab_size * config.d_model + config.n_layers * _block_matrices(config) + norms
 
 
+def largest_piece(config: ModelConfig, plan: PipelinePlan) -> int:
+    """Parameters of the pipeline process that has most. Tied embeddings are in every process that has an end."""
+    return max(_piece(config, plan, process) for process in range(plan.partition.processes))
+
+
+def _piece(config: ModelConfig, plan: PipelinePlan, process: int) -> int:
+    layout = plan.schedule.layout
+    stages = range(process, layout.stages, layout.processes)
+    blocks = sum(len(stage.blocks) for stage in plan.partition.of_process(process))
+    has_table = not layout.first_stages.isdisjoint(stages)
+    has_head = not layout.last_stages.isdisjoint(stages)
+    tables = max(has_table, has_head) if config.tie_embeddings else has_table + has_head
+    table = tables * config.vocab_size * config.d_model
+    return blocks * (_block_matrices(config) + 2 * config.d_model) + table + has_head * config.d_model
+
+
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Floating-point operations of forward and backward per token, a multiply-add counted as two.
 
@@ -31,6 +49,19 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """
     matrices = config.n_layers * _block_matrices(config) + config.vocab_size * config.d_model
     return 6 * matrices + 12 * config.n_layers * config.d_model * seq_len
+
+
+def layer_costs(config: ModelConfig, seq_len: int) -> LayerCosts:
+    """What each layer costs in a forward pass, for dividing them among the stages of a pipeline."""
+    return estimate_costs(
+        n_layers=config.n_layers,
+        d_model=config.d_model,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        d_ff=config.d_ff,
+        vocab_size=config.vocab_size,
+        seq_len=seq_len,
+    )
 
 
 def check(config: ModelConfig) -> list[str]:

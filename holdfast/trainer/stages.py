@@ -13,12 +13,12 @@ from holdfast.errors import InvariantViolation
 from holdfast.parallel.partition import Partition
 from holdfast.parallel.schedule import Layout
 from holdfast.trainer.config import ModelConfig
-from holdfast.trainer.model import Block, Embedding, Head
+from holdfast.trainer.model import Block, Embedding, Head, Layers
 
 __all__ = ["Piece", "Stage", "layouts_of", "piece_of"]
 
 
-class Piece(nn.Module):
+class Piece(Layers):
     """Some layers of a :class:`~holdfast.trainer.model.Decoder`. Matrices are NaN until ``initialise``."""
 
     def __init__(

@@ -41,11 +41,11 @@ Piece = tuple[str, int, int, int, bytes]
 # -- in a worker ------------------------------------------------------------------------------------------------------
 
 
-def _run(folder: str, role: str, spec: str, pipe: Connection) -> None:
+def _run(folder: str, role: str, spec: str, environment: Mapping[str, str], pipe: Connection) -> None:
     """Body of a process in place of the fleet's own: it writes down what it has restored, and waits at the gate."""
     if role == Role.WORKER.value:
         _watch(Path(folder))
-    process_fleet._run(role, spec, pipe)
+    process_fleet._run(role, spec, environment, pipe)
 
 
 def _watch(folder: Path) -> None:

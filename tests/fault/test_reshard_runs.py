@@ -20,6 +20,7 @@ from holdfast.fault_tolerance.storage import DirectoryStorage
 from holdfast.launch import identity
 from holdfast.launch.cli import main
 from holdfast.launch.run import train
+from holdfast.parallel.config import ParallelConfig
 from tests.support.drivers import records, run_dirs, sound_record, steps_of
 from tests.support.runs import events_of, outcome_of, tiny_config, write_corpus
 from tests.support.stored import Held, whole_tensors, write_checkpoint
@@ -119,7 +120,7 @@ def test_the_restored_state_goes_on_as_one_that_was_cut_by_hand(
         ranks,
         scalars=first.scalars,
         config_digest=first.config_digest,
-        layout=identity.layout(world=2, zero_stage=3),
+        layout=identity.layout(ParallelConfig(zero_stage=3), world=2),
     )
     result = train(_config(root, corpus, world=2, stage=3, steps=8))
     (plan,) = events_of(result.run_dir, "recovery_planned")

@@ -17,6 +17,7 @@ from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.configs.validate import Host, check, keeper_limit_bytes, state_bytes
 from holdfast.errors import ConfigurationError
 from holdfast.optim.config import OptimName
+from holdfast.parallel.config import ScheduleKind
 from holdfast.trainer.config import DataSource
 from holdfast.trainer.sizing import parameter_count
 
@@ -351,6 +352,51 @@ def test_zeros_everywhere_are_answered_not_divided_by() -> None:
     zeros = {"trainer__global_batch": 0, "trainer__micro_batch": 0, "launch__nodes": 0, "snapshot__every_steps": 0}
     zeros |= {"model__d_model": 0, "model__n_heads": 0, "optim__block_size": 0, "recovery__heartbeat_s": 0}
     assert len(problems_of(**zeros)) == len(zeros)
+
+
+# -- a pipeline -------------------------------------------------------------------------------------------------------
+
+_PIPELINE = {"parallel__pipeline": 3, "parallel__zero_stage": 1, "model__n_layers": 6}
+
+
+def test_a_pipeline_with_replicas_shares_the_batch_among_the_replicas() -> None:
+    fits = {**_PIPELINE, "launch__workers_per_node": 2, "trainer__micro_batch": 4}
+    assert problems_of(**fits, trainer__global_batch=24, trainer__eval_windows=2) == []  # two replicas of three
+    (problem,) = problems_of(**fits, trainer__global_batch=20)
+    assert "must be a multiple of trainer.micro_batch x replicas of the pipeline = 4 x 2 = 8" in problem
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"parallel__zero_stage": 2}, "use parallel.zero_stage=1"),
+        ({"launch__nodes": 4, "trainer__global_batch": 32}, "parallel.pipeline=3 must divide the number of ranks, 4"),
+        ({"model__n_layers": 2}, "3 pipeline stages for 2 blocks"),
+        ({"parallel__blocks": [1, 2, 2]}, "add up to 5, the model has 6 blocks"),
+        ({"parallel__blocks": [3, 3]}, "2 numbers for 3 stages"),
+        ({"parallel__swapped": True}, "use at least 4"),
+        ({"parallel__chunks": 2, "parallel__schedule": ScheduleKind.GPIPE}, "only ONE_F_ONE_B is interleaved"),
+        ({"parallel__chunks": 2, "trainer__global_batch": 16}, "must be a multiple of the 3 processes"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused_with_the_rule(values: dict[str, Any], word: str) -> None:
+    problems = problems_of(**{**_PIPELINE, **values})
+    assert any(word in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(("key", "value"), [("chunks", 2), ("blocks", [1, 1]), ("swapped", True)])
+def test_options_of_a_pipeline_without_one_are_refused(key: str, value: object) -> None:
+    (problem,) = problems_of(**{f"parallel__{key}": value})
+    assert problem == f"parallel.{key}={value} is of a pipeline, and there is none; set parallel.pipeline too"
+
+
+def test_the_state_of_a_rank_is_that_of_the_largest_process_and_shared_by_replicas() -> None:
+    alone = {"optim__name": OptimName.ADAMW, "parallel__zero_stage": 1, "model__n_layers": 6, "launch__nodes": 4}
+    whole = parameter_count(changed(**alone).model)
+    d_model, vocabulary = changed(**alone).model.d_model, changed(**alone).model.vocab_size
+    ends = 2 * vocabulary * d_model + d_model
+    last = (whole - ends) // 2 + vocabulary * d_model + d_model  # half of the blocks, and the head with its norm
+    assert state_bytes(changed(**alone, parallel__pipeline=2, trainer__global_batch=32)) == 12 * last // 2
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ def test_the_free_keys_are_pinned() -> None:
         *("trainer.max_steps", "trainer.log_every", "trainer.eval_every", "trainer.eval_windows"),
         *("trainer.generate_bytes", "trainer.prompt", "data.cache", "model.name", "parallel.collective_timeout_s"),
         *("trainer.micro_batch", "parallel.zero_stage", "trainer.nonfinite", "trainer.max_nonfinite"),
+        *("parallel.pipeline", "parallel.schedule", "parallel.chunks", "parallel.blocks"),
     }
 
 

@@ -1,0 +1,97 @@
+"""Which engine trains: ZeRO with all layers on every rank, or a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from holdfast import optim
+from holdfast.optim.config import OptimConfig
+from holdfast.parallel.config import ParallelConfig
+from holdfast.parallel.pipeline_engine import PipelineEngine, PipelineOptions, Place
+from holdfast.parallel.pipeline_plan import plan_pipeline, replicas
+from holdfast.parallel.zero import ZeroEngine, ZeroOptions
+from holdfast.trainer.config import ModelConfig
+from holdfast.trainer.model import Decoder, initialise
+from holdfast.trainer.sizing import layer_costs
+from holdfast.trainer.stages import layouts_of, piece_of
+
+__all__ = ["EngineOptions", "Work", "build_engine"]
+
+
+class EngineOptions(Protocol):
+    """The parts of a run's configuration that make an engine."""
+
+    seed: int
+    optim: OptimConfig
+    parallel: ParallelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a replica does in a step."""
+
+    micro_batch: int
+    microbatches: int
+    seq_len: int
+
+
+def build_engine(
+    options: EngineOptions, config: ModelConfig, device: torch.device, work: Work, *, rank: int, world: int
+) -> ZeroEngine | PipelineEngine:
+    """Collective. Freshly initialised."""
+    if options.parallel.pipeline > 1:
+        return _build_pipeline(options, config, device, work, rank=rank, world=world)
+    model = Decoder(config)
+    initialise(model, options.seed)
+    model.to(device)
+    return ZeroEngine(
+        model,
+        optim.parameter_groups(model, options.optim),
+        lambda groups: optim.build_optimizer(options.optim, groups),
+        optim,
+        ZeroOptions(
+            stage=options.parallel.zero_stage,
+            precision=options.parallel.precision,
+            micro_batch=work.micro_batch,
+            accumulation=work.microbatches,
+            grad_clip=options.optim.grad_clip,
+            bucket_elements=options.parallel.bucket_elements,
+            block_size=_block_size(options.optim),
+        ),
+    )
+
+
+def _build_pipeline(
+    options: EngineOptions, config: ModelConfig, device: torch.device, work: Work, *, rank: int, world: int
+) -> PipelineEngine:
+    parallel = options.parallel
+    if world == 1:  # a rehearsal
+        parallel = replace(parallel, pipeline=1, chunks=1, blocks=[], swapped=False)
+    plan = plan_pipeline(parallel, layer_costs(config, work.seq_len), world=world, microbatches=work.microbatches)
+    place, layout = Place(parallel.pipeline, replicas(parallel, world), rank), plan.schedule.layout
+    piece, stages = piece_of(config, plan.partition, layout, place.process)
+    initialise(piece, options.seed)
+    piece.to(device)
+    return PipelineEngine(
+        piece,
+        stages,
+        plan.schedule,
+        place,
+        optim.parameter_groups(piece, options.optim),
+        lambda groups: optim.build_optimizer(options.optim, groups),
+        optim,
+        PipelineOptions(
+            precision=parallel.precision,
+            shape=(work.micro_batch, work.seq_len, config.d_model),
+            grad_clip=options.optim.grad_clip,
+            block_size=_block_size(options.optim),
+        ),
+        layouts_of(config, plan.partition, layout),
+    )
+
+
+def _block_size(config: OptimConfig) -> int:
+    return config.block_size if config.name.is_8bit else 1

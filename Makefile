@@ -11,8 +11,13 @@ KERNELS := $(wildcard holdfast/native_build.py holdfast/kernels/*.h holdfast/*/b
 train: .venv/stamp  ## set up, then train the main job
 	$(BIN)/holdfast train experiment=main_job $(ARGS)
 
-test: .venv/stamp  ## set up, then run the whole suite in two processes; one part of it: make test ARGS=tests/unit
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --no-loadscope-reorder $(ARGS)
+test: .venv/stamp  ## set up, then run the whole suite; one part of it: make test ARGS=tests/unit
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder --ignore=tests/fault
+	$(BIN)/python -m pytest tests/fault
+else
+	$(BIN)/python -m pytest $(ARGS)
+endif
 
 sweep: .venv/stamp  ## SIGKILL at every named failpoint, all ZeRO stages; one of them: make sweep ARGS="--stages 2"
 	PYTHONPATH=. $(BIN)/python benchmarks/crash_sweep.py $(ARGS)

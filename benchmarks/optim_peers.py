@@ -14,6 +14,7 @@ import logging
 import random
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 
 import holdfast.optim
+from holdfast.optim import native
 
-__all__ = ["CASES", "FLOOR", "FUSED", "OURS", "PEERS", "Found"]
+__all__ = ["CASES", "FLOOR", "FUSED", "KERNELS", "OURS", "PEERS", "Found"]
 
 FLOOR, IN_PLACE = "**floor: plain copy**", "in-place floor: the same reads and writes"
-OURS, OURS_32 = "**holdfast AdamW8bit**", "holdfast AdamW"
+OURS, OURS_32, KERNELS = "**holdfast AdamW8bit**", "holdfast AdamW", "holdfast AdamW8bit, the call of the kernels alone"
 FUSED, FOREACH = "torch AdamW fused", "torch AdamW foreach"
 PEERS = {"bitsandbytes": "bitsandbytes AdamW8bit", "torchao": "torchao AdamW8bit"}
 
@@ -73,7 +75,12 @@ def many(millions: float) -> list[tuple[int, ...]]:
     return [(4096,)] * round(millions * 20)
 
 
-CASES = {"flat": flat, "list": gpt, "many": many}
+def one(millions: float) -> list[tuple[int, ...]]:
+    """One tensor with as many elements as the many have together."""
+    return [(4096 * round(millions * 20),)]
+
+
+CASES = {"flat": flat, "list": gpt, "many": many, "one": one}
 
 
 def bare_ways(count: int, dtype: torch.dtype) -> dict[str, Step]:
@@ -112,6 +119,34 @@ def parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, grads: Seq
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return params
+
+
+def kernel_call(optimizer: torch.optim.Optimizer) -> Step:
+    """The last thing that a step does: one call of the library with a table of every tensor's addresses, which stay
+    what they are here. Raises: ImportError without the library."""
+    if not native.isas():
+        raise ImportError("the C++ kernels are not built")
+    library, calls = native._library(), []
+
+    def noted(*arguments: Any) -> int:
+        calls.append(arguments)
+        return update(*arguments)
+
+    tables, table_of, update = [], native._table, library.holdfast_update
+    native._table = lambda rows: tables.append(table_of(rows)) or tables[-1]  # type: ignore[func-returns-value]
+    library.holdfast_update = noted
+    try:
+        optimizer.step()
+    finally:
+        native._table, library.holdfast_update = table_of, update
+    kept = [(array("q", table), array("f", coefficients)) for table, coefficients in tables]  # the next step's differ
+
+    def step() -> None:
+        for (table, coefficients), (isa, rule, _, count, _, options, threads) in zip(kept, calls, strict=True):
+            numbers = table.buffer_info()[0], coefficients.buffer_info()[0]
+            update(isa, rule, numbers[0], count, numbers[1], options, threads)
+
+    return step
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -163,6 +198,8 @@ def measure(company: str, case: str, dtype: torch.dtype, millions: float, rounds
         gc.collect()
         found[name] = Found(timed(optimizer.step))
         found[name].state_bytes, ways[name] = state_bytes(optimizer), optimizer.step
+        if name == OURS and company == "torch":
+            found[KERNELS], ways[KERNELS] = Found(0.0), kernel_call(optimizer)
     if company == "torch" or not missing:
         gc.disable()
         take_turns(ways, found, rounds)

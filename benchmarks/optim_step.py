@@ -1,8 +1,9 @@
 """How long does one step of the 8-bit AdamW take, against a plain copy of the bytes that it has to move, and its peers?
 
 Parameters with gradients of one size: "flat" is one tensor, "list" the 148 tensors of a decoder of 12 layers (98 of
-them below 4096 elements, which every 8-bit optimizer here keeps in 32 bits), "many" is tensors of 4096 elements. In
-float32 and in bfloat16, which torch updates with bfloat16 moments. The ways take turns, in an order drawn anew each
+them below 4096 elements, which every 8-bit optimizer here keeps in 32 bits), "many" is tensors of 4096 elements and
+"one" a single tensor as large as they are together. In float32 and in bfloat16, which torch updates with bfloat16
+moments. The ways take turns, in an order drawn anew each
 round, and caches are filled with something else before each; a ratio is of the same round.
 
 - The floor copies half of an update's traffic with one copy_ on as many threads: an update reads the parameter, its
@@ -11,6 +12,8 @@ round, and caches are filled with something else before each; a ratio is of the 
 - Each peer, in float32 on the largest number of threads, has a process of its own, where the floor and Holdfast take
   turns with it, and a compiler cache that was empty. A peer that is not installed, or not done by its deadline, is
   named and left out.
+- "The call of the kernels alone" leaves out everything that is done in Python in every step, most of it for every
+  tensor: finding gradients, and checking that no tensor has moved or changed its kind.
 - "First step" is the very first: it allocates the state, and in it torchao compiles every shape of parameter.
 
 ``--peers-python`` runs the peers in another environment; Holdfast's checkout is put on its path.

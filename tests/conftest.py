@@ -38,20 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where several processes run the tests, each takes whole modules, for the sake of their fixtures, in the order in
-    which they were collected: the long ones come first. What starts Ray runs one after the other."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Modules(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            module = nodeid.partition("::")[0]
-            return "ray" if "/test_ray" in module else module
-
-    return Modules(config, log)
-
-
 def _has_cuda() -> bool:
     import torch
 

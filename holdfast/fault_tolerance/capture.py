@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -47,8 +48,9 @@ class Plan:
     """
 
     def __init__(self, slices: Sequence[StateSlice]) -> None:
-        self._key = _key(slices)
-        self._sources = [byte_view(s.tensor) for s in slices]
+        self._slices, self._tensors = tuple(slices), [s.tensor for s in slices]
+        self._places = _places(self._tensors)
+        self._sources = [byte_view(tensor) for tensor in self._tensors]
         lengths = [source.numel() for source in self._sources]
         offsets, self.data_bytes = lay_out(lengths)
         names = [s.spec.name for s in slices]
@@ -62,11 +64,12 @@ class Plan:
 
     def fits(self, state: RankState) -> bool:
         """The state has the slices that this plan was made for, at the addresses it was made for."""
-        return _key(state.slices) == self._key
+        is_same = len(state.slices) == len(self._slices) and all(map(is_, state.slices, self._slices))
+        return is_same and _places(self._tensors) == self._places
 
     def marks(self) -> list[int]:
         """Numbers of which one grows whenever torch writes to a slice."""
-        return [source._version for source in self._sources]
+        return list(map(_version, self._sources))
 
     def capture(self, data: Bytes, pace: Pace, *, version: int) -> list[str] | None:
         """Copy every slice to its place in ``data``; digests in the order of the slices, None when it was ended.
@@ -125,8 +128,12 @@ class _Rows:
         return None if staged is None else found | dict(zip(self.host, staged, strict=True))
 
 
-def _key(slices: Sequence[StateSlice]) -> list[tuple[int, int, int]]:
-    return [(id(s.spec), s.tensor.data_ptr(), s.tensor.nbytes) for s in slices]
+_version, _size = attrgetter("_version"), attrgetter("nbytes")
+# This is asked in every step, with caches that are full of other things: loops outside of Python.
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    return list(map(Tensor.data_ptr, tensors)), list(map(_size, tensors))
 
 
 def _refuse_duplicates(names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from holdfast.fault_tolerance.policy import DISK, MEMORY, PARITY
 from holdfast.launch.fleet import Role
 from tests.support.drivers import records
 from tests.support.runs import events_of, write_corpus
-from tests.support.strikes import EXAMINE, REBUILD, Strike, passed
+from tests.support.strikes import EXAMINE, REBUILD, Sighting, Strike, passed, torn
 from tests.support.sweep import (
     PASSES,
     STAGES,
@@ -51,6 +51,12 @@ class Truths:
 @pytest.fixture(scope="module")
 def truths(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Truths:
     return Truths(tmp_path_factory.mktemp("truth"), corpus)
+
+
+def test_a_witness_tells_a_torn_snapshot_from_a_whole_one() -> None:
+    live = Sighting("live", 0, 3, {"w": "one"})
+    assert torn([live, Sighting("stored", 0, 3, {"w": "one"}), Sighting("stored", 1, 3, {"w": "other"})]) == []
+    assert len(torn([live, Sighting("stored", 0, 3, {"w": "other"})])) == 1
 
 
 # -- one fault after the other ----------------------------------------------------------------------------------------

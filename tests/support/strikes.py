@@ -46,6 +46,7 @@ __all__ = [
     "sightings",
     "stored_digests",
     "struck",
+    "torn",
     "unstruck",
 ]
 
@@ -127,6 +128,19 @@ def sightings(folder: Path) -> list[Sighting]:
     return [Sighting(**json.loads(line)) for line in lines]
 
 
+def torn(seen: Sequence[Sighting]) -> list[str]:
+    """What a keeper was about to call committed, and is no state that its rank had after that step."""
+    live: dict[tuple[int, int], list[Mapping[str, str]]] = {}
+    for one in seen:
+        if one.what == "live":
+            live.setdefault((one.rank, one.version), []).append(one.digests)
+    return [
+        f"version {one.version} of rank {one.rank} in a keeper is not what the rank had"
+        for one in seen
+        if one.what == "stored" and one.digests not in live.get((one.rank, one.version), [one.digests])
+    ]
+
+
 def _read(folder: Path) -> list[Strike]:
     entries = json.loads((folder / "strikes.json").read_text())
     return [Strike(**{**e, "role": Role(e["role"]), "victims": tuple(e["victims"])}) for e in entries]
@@ -162,6 +176,7 @@ class _Witness:
         self.number = -1
         self.look: Callable[[str, int], None] = lambda name, step: None
         self._strikes, self._passed = _read(folder), set[str]()
+        self.has_plans = bool(self._strikes)
         self._hit, failpoints.hit = failpoints.hit, self.hit
 
     def hit(self, name: str, step: int = -1) -> None:
@@ -216,7 +231,7 @@ def _watch_worker(witness: _Witness, spec: Mapping[str, Any]) -> None:
         views[:] = [weakref.ref(self)]
 
     def look(name: str, step: int) -> None:
-        if name == "step.begin":
+        if name == "step.begin" and witness.has_plans:
             _wait_for_keepers(hosts[0], step - 1)
         kind = {"step.after_update": ("live", step + 1), "recovery.after_restore": ("restored", step)}.get(name)
         view = views[0]() if views else None
@@ -256,7 +271,7 @@ def _watch_keeper(witness: _Witness, spec: Mapping[str, Any]) -> None:
         protectors.append(self)
 
     def look(name: str, step: int) -> None:
-        for rank, arena in protectors[0]._arenas().items() if name == "keeper.before_flip" else ():
+        for rank, arena in protectors[0]._arenas().items() if protectors and name == "keeper.before_flip" else ():
             held = [buffer for buffer in arena.buffers if (s := buffer.describe()).is_complete and s.version == step]
             for buffer in held:
                 stored, data = buffer.manifest(buffer.describe()), buffer.data.tobytes()

@@ -1,0 +1,369 @@
+"""All stages of a pipeline in one process, with stages that die: what a way of rebuilding them costs in training.
+
+The same partition, routes, repairs and healing as between processes; only messages are missing. Failures and batches
+come from outside, so that every method meets the same ones. A stage that fails is destroyed first: its weights and
+moments become NaN, as does its rate's history; whatever reads them shows.
+
+Source: CheckFree and CheckFree+, arXiv 2506.15461, sections 4.2, 4.3 and 5; failures happen at the start of a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast import optim
+from holdfast.errors import ConfigurationError
+from holdfast.fault_tolerance.boundary_log import BoundaryLog, Healing, angular_distance, heal, pairs
+from holdfast.fault_tolerance.stage_policy import EndPairs, RateMode, Repair, StageRepair, plan_repair, rate_factor
+from holdfast.fault_tolerance.stage_repair import (
+    PAPER_WEIGHTING,
+    GradientNorms,
+    MomentRepair,
+    Weighting,
+    previous_share,
+    rebuild,
+    rebuild_moments,
+)
+from holdfast.optim.config import OptimConfig
+from holdfast.parallel.partition import equal
+from holdfast.parallel.schedule import one_f_one_b
+from holdfast.trainer.config import ModelConfig
+from holdfast.trainer.model import Decoder, initial_weight, initialise
+
+__all__ = ["Failure", "HealingPlan", "Method", "Rebuilt", "StageSimulation", "draw_failures"]
+
+_OUTPUTS = ("attention.wo.weight", "feed_forward.w_down.weight")
+"""Matrices that write to the residual stream."""
+_LOG_BYTES = 64 << 20
+
+Batch = Sequence[tuple[Tensor, Tensor]]
+"""Tokens and targets, int64 [B, T], of every microbatch of a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Stages that are lost together before the step that follows ``step`` finished ones."""
+
+    step: int
+    stages: tuple[int, ...]
+
+
+def draw_failures(rate: float, *, steps: int, stages: Sequence[int], seed: int) -> list[Failure]:
+    """Each of the stages fails before each step with probability ``rate``, drawn for all stages whatever the method, so
+    that methods with other immune stages meet the same failures of the rest."""
+    draw = torch.Generator().manual_seed(seed)
+    hits = torch.rand(steps, max(stages, default=0) + 1, generator=draw) < rate
+    found = [(step, tuple(stage for stage in stages if hits[step, stage])) for step in range(1, steps)]
+    return [Failure(step, lost) for step, lost in found if lost]
+
+
+@dataclass(frozen=True, slots=True)
+class HealingPlan:
+    """How a rebuilt stage is fitted to what its neighbours have logged, see ``boundary_log.heal``."""
+
+    steps: int
+    lr: float = 1e-3
+    logged: int = 8
+    """Microbatches in the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What happens to a stage that is lost."""
+
+    repair: Repair = Repair.CHECKFREE
+    """EXACT means that nothing is lost: a copy existed."""
+    swapped: bool = False
+    end_pairs: EndPairs = EndPairs.PAPER
+    weighting: Weighting = PAPER_WEIGHTING
+    moments: MomentRepair = MomentRepair.RESET
+    rate: float = 1.0
+    rate_mode: RateMode = RateMode.ONCE
+    decay_steps: int = 0
+    healing: HealingPlan | None = None
+    rollback_every: int = 0
+    """Instead of repairing go back to a copy of everything that is taken after every so many steps; 0: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """One recovery."""
+
+    step: int
+    stage: int
+    repair: Repair
+    sources: tuple[int, ...]
+    healing: Healing | None
+
+
+@dataclass
+class _History:
+    recoveries: int = 0
+    last_step: int = 0
+
+
+class _Chain(nn.Module):
+    """The blocks of a stage, or of adjacent ones."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for block in self.layers:
+            hidden = block(hidden)
+        return hidden
+
+
+class StageSimulation:
+    """A decoder whose stages can be destroyed and rebuilt between steps. Deterministic in everything given.
+
+    ``batch_of`` is a pure function of the number of steps whose result counts, which a rollback lowers. Raises:
+    ConfigurationError for stages that do not divide the layers, and for swapped routes without four stages.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimConfig,
+        method: Method,
+        *,
+        stages: int,
+        microbatches: int,
+        batch_of: Callable[[int], Batch],
+        learning_rate: Callable[[int], float],
+        seed: int = 0,
+    ) -> None:
+        self.model, self.method, self.seed = Decoder(model), method, seed
+        initialise(self.model, seed)
+        self._config, self._batch_of, self._learning_rate = optimizer, batch_of, learning_rate
+        partition = equal(model.n_layers, processes=stages)
+        self._blocks = [stage.blocks for stage in partition.stages]
+        self._layout = one_f_one_b(stages, microbatches, swapped=method.swapped).layout
+        self._chains = [_Chain([self.model.blocks[number] for number in blocks]) for blocks in self._blocks]
+        self._optimizers = [self._optimizer(chain) for chain in self._chains]
+        ends = nn.ModuleList([self.model.embedding, self.model.head])
+        self._ends = self._optimizer(ends)
+        self.norms = GradientNorms(optimizer.grad_clip)
+        self._histories = [_History() for _ in range(stages)]
+        size = _LOG_BYTES
+        self._logs = [(BoundaryLog(size), BoundaryLog(size)) for _ in range(stages)] if method.healing else []
+        self.step = 0
+        """Steps whose result counts."""
+        self.executed = 0
+        """Steps made, those that were lost included."""
+        self.rebuilt: list[Rebuilt] = []
+        self._saved: dict[str, Any] = {}
+        if method.rollback_every:
+            self._save()
+
+    @property
+    def stages(self) -> int:
+        return len(self._chains)
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> float:
+        """Mean loss of the step, nats per target."""
+        losses = []
+        batch = self._batch_of(self.step)
+        for microbatch, (tokens, targets) in enumerate(batch):
+            loss = self._through(microbatch, tokens, targets)
+            (loss / len(batch)).backward()  # type: ignore[no-untyped-call]  # torch: untyped
+            losses.append(float(loss.detach()))
+        self._update()
+        self.step, self.executed = self.step + 1, self.executed + 1
+        if self.method.rollback_every and self.step % self.method.rollback_every == 0:
+            self._save()
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> float:
+        """Mean loss, always along the model."""
+        return sum(float(self.model(tokens, targets)) for tokens, targets in batch) / len(batch)
+
+    @torch.no_grad()
+    def redundancy(self, batch: Batch) -> list[float]:
+        """Angular distance between what goes into each stage and what comes out, averaged over the microbatches; a
+        stage with a small one can be done without, or rebuilt badly, at little cost. Source: arXiv 2403.17887."""
+        sums = [0.0] * self.stages
+        for tokens, _ in batch:
+            hidden = self.model.embedding(tokens)
+            for number, chain in enumerate(self._chains):
+                out = chain(hidden)
+                sums[number] += angular_distance(hidden, out) / len(batch)
+                hidden = out
+        return sums
+
+    def _through(self, microbatch: int, tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.model.embedding(tokens)
+        for stage in self._layout.routes[microbatch]:
+            out = self._chains[stage](hidden)
+            self._log(stage, microbatch, hidden, out)
+            hidden = out
+        logits = self.model.head(hidden).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def _log(self, stage: int, microbatch: int, hidden: Tensor, out: Tensor) -> None:
+        plan = self.method.healing
+        if plan is not None:
+            entry, leaving = self._logs[stage]
+            for log, tensor in ((entry, hidden), (leaving, out)):
+                log.record(self.executed, microbatch, tensor)
+                _keep_newest(log, plan.logged)
+
+    def _update(self) -> None:
+        squares = [_square(chain.parameters()) for chain in self._chains]
+        whole = math.sqrt(sum(squares) + _square(self._end_parameters()))
+        clip = self._config.grad_clip
+        factor = min(1.0, clip / (whole + 1e-6)) if clip else 1.0
+        for stage, square in enumerate(squares):
+            self.norms.record(stage, math.sqrt(square), clipped_by=whole)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        rate = self._learning_rate(self.step)
+        for stage, optimizer in enumerate(self._optimizers):
+            _step(optimizer, rate * self._rate_factor(stage))
+        _step(self._ends, rate)
+
+    def _end_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.model.embedding.parameters()
+        yield from self.model.head.parameters()
+
+    def _rate_factor(self, stage: int) -> float:
+        method, history = self.method, self._histories[stage]
+        since = self.step - history.last_step
+        return rate_factor(
+            method.rate, method.rate_mode, history.recoveries, steps_since=since, decay_steps=method.decay_steps
+        )
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        return optim.build_optimizer(self._config, optim.parameter_groups(module, self._config))
+
+    # -- failures -------------------------------------------------------------------------------------------------
+
+    def fail(self, lost: Sequence[int]) -> list[Rebuilt]:
+        """Destroy these stages and do what the method does about it.
+
+        Raises: ConfigurationError with the reasons when the method cannot rebuild them; they are destroyed by then.
+        """
+        if self.method.repair is Repair.EXACT:
+            return []
+        for stage in lost:
+            self._destroy(stage)
+        if self.method.rollback_every:
+            self._roll_back()
+            return []
+        plan = plan_repair(
+            [len(blocks) for blocks in self._blocks], lost, wish=self.method.repair, end_pairs=self.method.end_pairs
+        )
+        if not plan.is_complete:
+            raise ConfigurationError([refusal.reason for refusal in plan.refusals])
+        found = [self._rebuild(repair) for repair in plan.repairs]
+        self.rebuilt += found
+        return found
+
+    @torch.no_grad()
+    def _destroy(self, stage: int) -> None:
+        for parameter in self._chains[stage].parameters():
+            parameter.fill_(math.nan)
+            parameter.grad = None
+        for state in self._optimizers[stage].state.values():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    value.fill_(math.nan)
+
+    def _rebuild(self, repair: StageRepair) -> Rebuilt:
+        stage, chain = repair.stage, self._chains[repair.stage]
+        share = 0.5
+        if repair.repair is Repair.CHECKFREE:
+            before, behind = (self.norms.get(source, self.method.weighting) for source in repair.sources)
+            share = previous_share(before, behind, self.method.weighting)
+        weights = rebuild(
+            repair.repair,
+            dict(chain.named_parameters()),
+            [dict(self._chains[source].named_parameters()) for source in repair.sources],
+            share=share,
+            initial=self._initial(stage),
+            output_suffixes=_OUTPUTS,
+        )
+        with torch.no_grad():
+            for name, parameter in chain.named_parameters():
+                parameter.copy_(weights[name])
+        self._renew_optimizer(repair, share)
+        self._histories[stage] = _History(self._histories[stage].recoveries + 1, self.step)
+        return Rebuilt(self.step, stage, repair.repair, repair.sources, self._heal(stage))
+
+    def _initial(self, stage: int) -> Callable[[str, Sequence[int]], Tensor]:
+        """Fresh weights, other ones at every recovery."""
+        seed = self.seed + 1 + self._histories[stage].recoveries
+
+        def make(name: str, shape: Sequence[int]) -> Tensor:
+            _, layer, rest = name.split(".", 2)
+            number = self._blocks[stage][int(layer)]
+            return initial_weight(f"blocks.{number}.{rest}", shape, seed=seed, n_layers=self.model.config.n_layers)
+
+        return make
+
+    def _renew_optimizer(self, repair: StageRepair, share: float) -> None:
+        stage, how = repair.stage, self.method.moments
+        self._optimizers[stage] = self._optimizer(self._chains[stage])
+        if how is MomentRepair.RESET or len(repair.sources) < 2:
+            return
+        states = rebuild_moments(how, [self._state_of(source) for source in repair.sources], share=share)
+        optimizer = self._optimizers[stage]
+        optim.ensure_state(optimizer)
+        for name, parameter in self._chains[stage].named_parameters():
+            optimizer.state[parameter].update(states[name])
+
+    def _state_of(self, stage: int) -> dict[str, Mapping[str, Any]]:
+        optimizer = self._optimizers[stage]
+        return {name: optimizer.state[parameter] for name, parameter in self._chains[stage].named_parameters()}
+
+    def _heal(self, stage: int) -> Healing | None:
+        plan = self.method.healing
+        if plan is None:
+            return None
+        found = pairs(*self._logs[stage])
+        if len(found) < 2:
+            return None
+        return heal(self._chains[stage], found, steps=plan.steps, lr=plan.lr, seed=self.seed)
+
+    # -- rollback -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        state = [optimizer.state_dict() for optimizer in (*self._optimizers, self._ends)]
+        self._saved = copy.deepcopy({"step": self.step, "model": self.model.state_dict(), "optimizers": state})
+
+    def _roll_back(self) -> None:
+        saved = copy.deepcopy(self._saved)
+        self.step = saved["step"]
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip((*self._optimizers, self._ends), saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _keep_newest(log: BoundaryLog, count: int) -> None:
+    """Logs are bounded by bytes; here, by microbatches."""
+    while len(log) > count:
+        log.forget_oldest()
+
+
+def _square(parameters: Iterator[nn.Parameter]) -> float:
+    return sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None)
+
+
+def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,13 @@ class Failure:
     stages: tuple[int, ...]
 
 
-def draw_failures(rate: float, *, steps: int, stages: Sequence[int], seed: int) -> list[Failure]:
-    """Each of the stages fails before each step with probability ``rate``, drawn for all stages whatever the method, so
+def draw_failures(rate: float, *, steps: int, stages: int, seed: int, immune: Collection[int] = ()) -> list[Failure]:
+    """Each stage fails before each step but the first with probability ``rate``. Drawn for ``immune`` stages too, so
     that methods with other immune stages meet the same failures of the rest."""
     draw = torch.Generator().manual_seed(seed)
-    hits = torch.rand(steps, max(stages, default=0) + 1, generator=draw) < rate
-    found = [(step, tuple(stage for stage in stages if hits[step, stage])) for step in range(1, steps)]
+    hits = torch.rand(steps, stages, generator=draw) < rate
+    mortal = [stage for stage in range(stages) if stage not in immune]
+    found = [(step, tuple(stage for stage in mortal if hits[step, stage])) for step in range(1, steps)]
     return [Failure(step, lost) for step, lost in found if lost]
 
 

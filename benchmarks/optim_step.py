@@ -174,6 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-rounds", type=int, default=5, help="measurements beside a peer")
     parser.add_argument("--peers-python", default=sys.executable, help="the Python that has them")
     parser.add_argument("--deadline-s", type=float, default=600, help="of each process, compiling included")
+    parser.add_argument("--record", default="optim_step", help="theme of the record, another one for some of the cases")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     options.peers = [] if "none" in options.peers else options.peers
@@ -190,7 +191,7 @@ def main() -> None:
         for threads in options.threads
     ]
     if not options.no_record:
-        write_record("optim_step", "Time of an optimizer step", "\n\n".join([str(__doc__), *sections]))
+        write_record(options.record, "Time of an optimizer step", "\n\n".join([str(__doc__), *sections]))
 
 
 if __name__ == "__main__":

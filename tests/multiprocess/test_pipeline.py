@@ -203,3 +203,15 @@ def test_any_schedule_learns_what_one_process_learns(case: _Case) -> None:
     for name, weight in want.weights.items():
         torch.testing.assert_close(found.weights[name], weight, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     assert found.measured == pytest.approx(want.measured, rel=1e-5)
+
+
+def test_in_bf16_masters_and_sums_of_gradients_stay_fp32() -> None:
+    case = _Case(3, replicas=2, precision=Precision.BF16)
+    found = _CLUSTER.run(_learn, 6, case)[0]
+    want = _alone(_Case(3, replicas=2))
+    assert found.losses == pytest.approx(want.losses, rel=5e-3)
+    assert found.measured == pytest.approx(want.measured, rel=5e-3)
+    assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
+    moved = {name: (found.weights[name] - weight).abs().max() for name, weight in want.weights.items()}
+    assert max(moved.values()) < 2e-3
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in found.weights.values())

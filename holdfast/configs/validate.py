@@ -31,7 +31,16 @@ from holdfast.trainer.config import DataSource
 from holdfast.trainer.sizing import check as check_model
 from holdfast.trainer.sizing import largest_piece, layer_costs, parameter_count
 
-__all__ = ["Host", "check", "keeper_limit_bytes", "never_happens", "refuse_bad", "state_bytes", "this_host"]
+__all__ = [
+    "Host",
+    "check",
+    "keeper_limit_bytes",
+    "never_happens",
+    "pipeline_plan",
+    "refuse_bad",
+    "state_bytes",
+    "this_host",
+]
 
 _GB = 10**9
 
@@ -212,13 +221,13 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
     if min(parallel.chunks, _world(config), trainer.micro_batch) < 1:
         return
     try:
-        _pipeline_plan(config)
+        pipeline_plan(config)
     except ConfigurationError as error:
         yield from error.problems
 
 
-def _pipeline_plan(config: RunConfig) -> PipelinePlan:
-    """Raises: ConfigurationError."""
+def pipeline_plan(config: RunConfig) -> PipelinePlan:
+    """Of a configuration that has a pipeline. Raises: ConfigurationError."""
     microbatches = config.trainer.global_batch // (config.trainer.micro_batch * _replicas(config))
     costs = layer_costs(config.model, config.data.seq_len)
     return plan_pipeline(config.parallel, costs, world=_world(config), microbatches=microbatches)
@@ -422,7 +431,7 @@ def state_bytes(config: RunConfig) -> int:
 def _parameters_of_process(config: RunConfig) -> int:
     """Of the one that has most."""
     try:
-        plan = _pipeline_plan(config) if config.parallel.pipeline > 1 else None
+        plan = pipeline_plan(config) if config.parallel.pipeline > 1 else None
     except ConfigurationError:  # reported already
         plan = None
     return parameter_count(config.model) if plan is None else largest_piece(config.model, plan)

@@ -11,7 +11,6 @@ from holdfast.launch.identity import versions
 from holdfast.launch.resume import checkpoints_uri
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import size
-from holdfast.parallel.config import ParallelConfig
 from holdfast.trainer import corpus
 from holdfast.trainer.config import TrackerName, WandbMode
 from holdfast.trainer.sizing import parameter_count
@@ -58,13 +57,17 @@ def _devices(config: RunConfig) -> str:
     started = "Ray" if launch.kind is LaunchKind.LOCAL else "processes"
     return (
         f"{launch.nodes} nodes x {launch.workers_per_node} ranks ({started}), {launch.spares} spare, {device}; "
-        f"zero={parallel.zero_stage}{_pipeline(parallel)} {parallel.precision.value}; model {config.model.name} "
+        f"zero={parallel.zero_stage}{_pipeline(config)} {parallel.precision.value}; model {config.model.name} "
         f"{parameter_count(config.model) / 1e6:.2f} M parameters, {config.optim.name.value}"
     )
 
 
-def _pipeline(parallel: ParallelConfig) -> str:
-    return "" if parallel.pipeline == 1 else f" pipeline={parallel.pipeline}x{parallel.chunks}"
+def _pipeline(config: RunConfig) -> str:
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return ""
+    waiting = f"waits {validate.pipeline_plan(config).bubble:.0%} of the time"
+    return f" pipeline={parallel.pipeline}x{parallel.chunks} ({waiting})"
 
 
 def _memory(config: RunConfig) -> str:

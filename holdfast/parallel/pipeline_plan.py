@@ -9,6 +9,7 @@ from holdfast.parallel import schedule as schedules
 from holdfast.parallel.config import ParallelConfig, ScheduleKind
 from holdfast.parallel.partition import LayerCosts, Partition, balanced, from_block_counts
 from holdfast.parallel.schedule import Schedule
+from holdfast.parallel.schedule_check import check, simulate
 
 __all__ = ["PipelinePlan", "plan_pipeline", "replicas"]
 
@@ -20,7 +21,21 @@ class PipelinePlan:
     """One step of every process, and the layers of every stage."""
 
     schedule: Schedule
+    """Proven to be free of deadlocks."""
     partition: Partition
+    costs: LayerCosts
+
+    @property
+    def bubble(self) -> float:
+        """Share of all processes' time in which they wait for each other, 0 .. 1, by the costs of the layers; a
+        backward pass costs twice a forward pass."""
+        forward = [
+            sum(self.costs.blocks[number] for number in stage.blocks)
+            + self.costs.embedding * stage.has_embedding
+            + self.costs.head * stage.has_head
+            for stage in self.partition.stages
+        ]
+        return simulate(self.schedule, forward, [2.0 * cost for cost in forward]).bubble
 
 
 def replicas(config: ParallelConfig, world: int) -> int:
@@ -45,7 +60,8 @@ def plan_pipeline(config: ParallelConfig, costs: LayerCosts, *, world: int, micr
         raise ConfigurationError([*problems, *(f"parallel: {problem}" for problem in error.problems)]) from error
     if problems:
         raise ConfigurationError(problems)
-    return PipelinePlan(schedule, partition)
+    check(schedule)
+    return PipelinePlan(schedule, partition, costs)
 
 
 def _problems(config: ParallelConfig, world: int) -> list[str]:

@@ -86,6 +86,7 @@ def test_memory_is_that_of_one_rank_and_of_its_buffers_in_the_keeper() -> None:
         (["launch.gpus_per_worker=1"], "gpu, nccl"),
         (["launch.spares=0"], "0 spare"),
         (["parallel.precision=BF16"], "bf16"),
+        (["parallel=pipeline", "model.n_layers=3"], "zero=1 pipeline=3x1 (waits "),
     ],
 )
 def test_devices_follow_the_configuration(overrides: Sequence[str], words: str) -> None:

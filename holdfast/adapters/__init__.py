@@ -1,0 +1,57 @@
+"""Continual adapters on a frozen model: one bank of low-rank tensors that grows by a part with each task. Need torch
+and nothing else, and take any ``nn.Module``::
+
+    from holdfast import adapters
+
+    adapters.inject(model, adapters.create_method("mora", {"rank": 8}), ["wq", "wk", "wv", "wo"])
+    for task in tasks:
+        adapters.start_task(model, task.name)
+        optimizer = torch.optim.AdamW(adapters.trainable_parameters(model))  # a new one for each task
+        ...  # train on loss + adapters.penalty(model)
+        adapters.finish_task(model)
+    adapters.save_adapters(model, directory)
+"""
+
+from holdfast.adapters.accounting import Footprint, footprint
+from holdfast.adapters.adapted import Adapters, adapters_of, trainable_parameters
+from holdfast.adapters.fingerprint import base_fingerprint
+from holdfast.adapters.inject import eject, inject, merge
+from holdfast.adapters.inputs import collect_inputs
+from holdfast.adapters.layer import AdaptedLinear
+from holdfast.adapters.method import Method, Site
+from holdfast.adapters.metrics import RoutingStats, boundary_jump, measure_routing
+from holdfast.adapters.registry import create_method, method_names, register
+from holdfast.adapters.store import Sidecar, load_adapters, read_sidecar, save_adapters
+from holdfast.adapters.tasks import abandon_task, finish_task, penalty, start_task, use_tasks, using_tasks
+
+__all__ = [
+    "AdaptedLinear",
+    "Adapters",
+    "Footprint",
+    "Method",
+    "RoutingStats",
+    "Sidecar",
+    "Site",
+    "abandon_task",
+    "adapters_of",
+    "base_fingerprint",
+    "boundary_jump",
+    "collect_inputs",
+    "create_method",
+    "eject",
+    "finish_task",
+    "footprint",
+    "inject",
+    "load_adapters",
+    "measure_routing",
+    "merge",
+    "method_names",
+    "penalty",
+    "read_sidecar",
+    "register",
+    "save_adapters",
+    "start_task",
+    "trainable_parameters",
+    "use_tasks",
+    "using_tasks",
+]

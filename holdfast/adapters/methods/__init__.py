@@ -1,0 +1,1 @@
+"""One module per method; ``holdfast.adapters.registry`` finds them."""

@@ -1,0 +1,171 @@
+"""Adapters on disk: ``adapter.json``, which says what they are, and a safetensors file that it names.
+
+The JSON file is written last and holds the other one's sha256, so a directory has the old adapters or the new ones,
+whatever happens in between; and its own, so that a changed option is noticed too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from holdfast.adapters.adapted import ATTRIBUTE, Adapters, adapters_of
+from holdfast.adapters.fingerprint import base_fingerprint
+from holdfast.adapters.inject import inject
+from holdfast.adapters.registry import create_method, describe_method
+from holdfast.adapters.tensor_file import decode, encode, write_whole
+from holdfast.errors import ConfigurationError, ManifestMismatch
+
+__all__ = ["FORMAT_VERSION", "Sidecar", "load_adapters", "read_sidecar", "save_adapters"]
+
+FORMAT_VERSION = 1
+_SIDECAR = "adapter.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What ``adapter.json`` says."""
+
+    method: str
+    options: Mapping[str, Any]
+    tasks: Sequence[str]
+    """Finished tasks, oldest first."""
+    layers: Mapping[str, Sequence[int]]
+    """Input and output features of each adapted layer."""
+    base: str
+    """Fingerprint of the weights that the adapters belong to."""
+    tensors: str
+    """The safetensors file, in the same directory. Tensors are called ``<layer>.<task number>.<name>``."""
+    digest: str
+    """sha256 of that file."""
+    format_version: int = FORMAT_VERSION
+
+
+def save_adapters(model: nn.Module, directory: Path) -> None:
+    """Write the finished tasks. Raises: OSError; ConfigurationError while a task is being trained."""
+    adapters = adapters_of(model)
+    if adapters.current is not None:
+        raise ConfigurationError(f"task {adapters.current!r} is being trained; finish or abandon it before saving")
+    data = encode(_collect(adapters), {"format": "pt", "method": adapters.method.name})
+    digest = hashlib.sha256(data).hexdigest()
+    sidecar = Sidecar(
+        method=adapters.method.name,
+        options=describe_method(adapters.method),
+        tasks=adapters.tasks,
+        layers={name: (layer.in_features, layer.out_features) for name, layer in adapters.layers.items()},
+        base=base_fingerprint(model),
+        tensors=f"adapter-{digest[:16]}.safetensors",
+        digest=digest,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / sidecar.tensors, data)
+    write_whole(directory / _SIDECAR, _to_json(sidecar))
+    for older in directory.glob("adapter-*.safetensors"):
+        if older.name != sidecar.tensors:
+            with suppress(OSError):  # costs space only
+                older.unlink()
+
+
+def read_sidecar(directory: Path) -> Sidecar:
+    """Raises: ConfigurationError if there is none; ManifestMismatch if it is damaged or of another format."""
+    path = directory / _SIDECAR
+    try:
+        content = json.loads(path.read_bytes())
+        about, digest, version = content["about"], content["digest"], content["about"]["format_version"]
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{directory} holds no adapters: it has no {_SIDECAR}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestMismatch(f"{path} does not describe adapters: {error}") from error
+    if hashlib.sha256(_canonical(about)).hexdigest() != digest:
+        raise ManifestMismatch(f"{path} does not match its own digest: it is damaged, or was edited")
+    if version != FORMAT_VERSION:
+        raise ManifestMismatch(f"{path} has format_version={version}, this version of Holdfast reads {FORMAT_VERSION}")
+    return Sidecar(**about)
+
+
+def load_adapters(model: nn.Module, directory: Path) -> Adapters:
+    """Inject what was saved, or put it in the place of a model's own adapters of the same method and layers.
+
+    Everything is checked before the model is touched. Raises: ConfigurationError if there is nothing to load, or a
+    task is being trained; ManifestMismatch for another base, method, choice of options or layers, and for damage.
+    """
+    sidecar = read_sidecar(directory)
+    tensors = _read_tensors(directory, sidecar)
+    if (base := base_fingerprint(model)) != sidecar.base:
+        raise ManifestMismatch(
+            f"the adapters in {directory} belong to base weights {sidecar.base[:16]}…, this model has {base[:16]}…; "
+            "load the weights, in the dtype, that they were trained on"
+        )
+    if hasattr(model, ATTRIBUTE):
+        adapters = adapters_of(model)
+        _compare(adapters, sidecar, directory)
+    else:
+        adapters = inject(model, create_method(sidecar.method, sidecar.options), _exactly(sidecar.layers))
+    for name, layer in adapters.layers.items():
+        layer.clear()
+        for task in range(len(sidecar.tasks)):
+            layer.append(_of_task(tensors, f"{name}.{task}."))
+    adapters.tasks[:] = sidecar.tasks
+    return adapters
+
+
+def _collect(adapters: Adapters) -> dict[str, Tensor]:
+    return {
+        f"{name}.{task}.{key}": rows.cpu()
+        for name, layer in adapters.layers.items()
+        for task in range(len(adapters.tasks))
+        for key, rows in layer.task_rows(task).items()
+    }
+
+
+def _exactly(names: Iterable[str]) -> str:
+    """As a choice of layers: a list of names would match the ends of others, too."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def _of_task(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
+
+
+def _read_tensors(directory: Path, sidecar: Sidecar) -> dict[str, Tensor]:
+    path = directory / sidecar.tensors
+    try:
+        data = bytearray(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ManifestMismatch(f"{directory / _SIDECAR} names {path.name}, which is not there") from error
+    if (digest := hashlib.sha256(data).hexdigest()) != sidecar.digest:
+        raise ManifestMismatch(f"{path} has sha256 {digest[:16]}…, not {sidecar.digest[:16]}…: it is damaged")
+    return decode(data, str(path))
+
+
+def _compare(adapters: Adapters, sidecar: Sidecar, directory: Path) -> None:
+    """Raises as :func:`load_adapters` does."""
+    if adapters.current is not None:
+        raise ConfigurationError(f"task {adapters.current!r} is being trained; finish or abandon it before loading")
+    layers = {name: [layer.in_features, layer.out_features] for name, layer in adapters.layers.items()}
+    pairs = {
+        "method": (sidecar.method, adapters.method.name),
+        "options": (dict(sidecar.options), describe_method(adapters.method)),
+        "layers": ({name: list(shape) for name, shape in sidecar.layers.items()}, layers),
+    }
+    other = [f"{what} {theirs}, this model {ours}" for what, (theirs, ours) in pairs.items() if theirs != ours]
+    if other:
+        raise ManifestMismatch(f"the adapters in {directory} have {'; '.join(other)}; eject this model's to load them")
+
+
+def _to_json(sidecar: Sidecar) -> bytes:
+    about = {name: getattr(sidecar, name) for name in Sidecar.__slots__}
+    digest = hashlib.sha256(_canonical(about)).hexdigest()
+    return json.dumps({"about": about, "digest": digest}, indent=2, ensure_ascii=False).encode()
+
+
+def _canonical(about: object) -> bytes:
+    return json.dumps(about, sort_keys=True, separators=(",", ":")).encode()

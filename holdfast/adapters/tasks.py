@@ -1,0 +1,130 @@
+"""The life of a task: start, train with an optimizer of its own, finish; and which tasks act afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.adapters.adapted import Adapters, adapters_of
+from holdfast.errors import ConfigurationError
+
+__all__ = ["abandon_task", "finish_task", "penalty", "start_task", "use_tasks", "using_tasks"]
+
+
+def start_task(model: nn.Module, name: str, *, seed: int = 0) -> None:
+    """Give every adapted layer new parameters for a task. All tasks are shown again.
+
+    Random values depend on ``seed``, the task's and the layer's name only, so they are equal on every rank. Make a new
+    optimizer over ``trainable_parameters(model)``: the last task's holds other tensors.
+
+    Raises: ConfigurationError for a name that is taken, an unfinished task, or inputs that were not collected.
+    """
+    adapters = adapters_of(model)
+    if adapters.current is not None:
+        raise ConfigurationError(f"task {adapters.current!r} is being trained; finish or abandon it first")
+    if not name or name in adapters.tasks:
+        raise ConfigurationError(f"task name {name!r} must be new and not empty; finished are {adapters.tasks}")
+    _need_inputs(adapters, f"before task {name!r} starts")
+    for layer in adapters.layers.values():
+        layer.show(None)
+        layer.begin(_generator(f"{seed}/{name}/{layer.name}"))
+    adapters.current = name
+
+
+def finish_task(model: nn.Module) -> None:
+    """Freeze the current task's tensors into the bank.
+
+    Raises: ConfigurationError without a current task, for one that was never trained, or if inputs were not collected.
+    """
+    adapters = adapters_of(model)
+    name = _current(adapters)
+    if not any(layer.current[adapters.method.zero_at_start].any() for layer in adapters.layers.values()):
+        raise ConfigurationError(f"task {name!r} was never trained: train it, or abandon it")
+    _need_inputs(adapters, f"before task {name!r} is finished")
+    for layer in adapters.layers.values():
+        layer.seal()
+    adapters.tasks.append(name)
+    adapters.current = None
+
+
+def abandon_task(model: nn.Module) -> None:
+    """Drop the current task's tensors; the finished tasks are as they were. Raises: ConfigurationError without one."""
+    adapters = adapters_of(model)
+    _current(adapters)
+    for layer in adapters.layers.values():
+        layer.abandon()
+    adapters.current = None
+
+
+def use_tasks(model: nn.Module, *, first: int | None = None, only: str | None = None) -> None:
+    """Show the ``first`` tasks (0: the bare base), or ``only`` one, or without either what the method does by itself.
+
+    A prefix computes bit by bit what the model computed when those were all its tasks.
+
+    Raises: ConfigurationError for tasks that do not exist, or that the method has overwritten.
+    """
+    adapters = adapters_of(model)
+    tasks = _span(adapters, first, only)
+    for layer in adapters.layers.values():
+        layer.show(tasks)
+
+
+@contextmanager
+def using_tasks(model: nn.Module, *, first: int | None = None, only: str | None = None) -> Iterator[None]:
+    """:func:`use_tasks` for the length of a ``with`` block; then again what was shown before."""
+    layers = adapters_of(model).layers.values()
+    before = [layer.shown for layer in layers]
+    use_tasks(model, first=first, only=only)
+    try:
+        yield
+    finally:
+        for layer, tasks in zip(layers, before, strict=True):
+            layer.show(tasks)
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """What the method adds to the loss of the current task, summed over layers: a scalar, zero for most methods."""
+    layers = list(adapters_of(model).layers.values())
+    found = [layer.method.penalty(dict(layer.current), layer.sealed()) for layer in layers if layer.current]
+    terms = [term for term in found if term is not None]
+    return torch.stack(terms).sum() if terms else layers[0].weight.new_zeros(()).float()
+
+
+def _span(adapters: Adapters, first: int | None, only: str | None) -> tuple[int, int] | None:
+    if first is None and only is None:
+        return None
+    names = [*adapters.tasks, *([adapters.current] if adapters.current else [])]
+    if first is not None and (only is not None or not 0 <= first <= len(names)):
+        raise ConfigurationError(f"first={first} must be from 0 to {len(names)}, and go without only={only!r}")
+    if only is not None and only not in names:
+        raise ConfigurationError(f"there is no task {only!r}; there are {names}")
+    start, stop = (0, first or 0) if only is None else (names.index(only), names.index(only) + 1)
+    if not adapters.method.keeps_tasks and 0 < stop < len(adapters.tasks):
+        raise ConfigurationError(
+            f"{adapters.method.name} has overwritten {names[stop - 1]!r} by {adapters.tasks[-1]!r}"
+        )
+    return start, stop
+
+
+def _current(adapters: Adapters) -> str:
+    if adapters.current is None:
+        raise ConfigurationError(f"no task is being trained; start one (finished are {adapters.tasks})")
+    return adapters.current
+
+
+def _need_inputs(adapters: Adapters, when: str) -> None:
+    missing = [name for name, layer in adapters.layers.items() if layer.inputs is None]
+    if adapters.method.needs_inputs and missing:
+        raise ConfigurationError(
+            f"{adapters.method.name} needs the inputs of {', '.join(missing[:3])}{' …' * (len(missing) > 3)} {when}: "
+            "run some of the task's data under collect_inputs(model)"
+        )
+
+
+def _generator(key: str) -> torch.Generator:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

@@ -210,8 +210,7 @@ class Decoder(Layers):
         if not (self.config.activation_checkpointing and torch.is_grad_enabled()):
             out_BTD: Tensor = block(x_BTD)
             return out_BTD
-        # Nothing in a block is random, so there is no generator state to put back before recomputing it.
-        recomputed_BTD: Tensor = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=False)
+        recomputed_BTD: Tensor = checkpoint(block, x_BTD, use_reentrant=False)
         return recomputed_BTD
 
 

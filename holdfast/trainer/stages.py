@@ -49,7 +49,7 @@ class Stage:
     def __call__(self, hidden: Tensor) -> Tensor:
         for block in self._blocks:
             if self._piece.config.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
+                hidden = checkpoint(block, hidden, use_reentrant=False)
             else:
                 hidden = block(hidden)
         return hidden

@@ -238,6 +238,21 @@ def test_activation_checkpointing_changes_no_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*results, strict=True))
 
 
+def test_what_is_random_in_a_block_is_recomputed_as_it_was() -> None:
+    """Nothing in a block is, until an adapter with dropout is put into one."""
+
+    def gradients(*, is_on: bool) -> list[Tensor]:
+        model = _decoder(replace(_TINY, activation_checkpointing=is_on))
+        for block in model.blocks:
+            block.feed_forward.w_down = nn.Sequential(nn.Dropout(0.5), block.feed_forward.w_down)
+        torch.manual_seed(3)
+        tokens = torch.arange(2 * 8).view(2, 8)
+        model(tokens, tokens).backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    assert all(map(torch.equal, gradients(is_on=True), gradients(is_on=False)))
+
+
 def test_activation_checkpointing_keeps_activations_out_of_memory() -> None:
     def saved_bytes(is_on: bool) -> int:
         sizes: list[int] = []

@@ -91,7 +91,10 @@ class Method:
     decay_steps: int = 0
     healing: HealingPlan | None = None
     rollback_every: int = 0
-    """Instead of repairing go back to a copy of everything that is taken after every so many steps; 0: never."""
+    """Instead of repairing go back to a copy of everything that is taken after every so many steps made, lost ones
+    included, as by a clock; 0: never."""
+    clips_each_stage: bool = False
+    """Clip the gradient of each stage by itself, as the released code does, rather than the whole one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,10 @@ class _Chain(nn.Module):
 class StageSimulation:
     """A decoder whose stages can be destroyed and rebuilt between steps. Deterministic in everything given.
 
-    ``batch_of`` is a pure function of the number of steps whose result counts, which a rollback lowers. Raises:
-    ConfigurationError for stages that do not divide the layers, and for swapped routes without four stages.
+    ``batch_of`` is a pure function of the number of steps whose result counts, which a rollback lowers. With
+    ``is_joined`` microbatches of one route, which must have one shape, go through together: the same gradients up to
+    rounding, in less time. Raises: ConfigurationError for stages that do not divide the layers, and for swapped routes
+    without four stages.
     """
 
     def __init__(
@@ -142,21 +147,22 @@ class StageSimulation:
         batch_of: Callable[[int], Batch],
         learning_rate: Callable[[int], float],
         seed: int = 0,
+        is_joined: bool = False,
     ) -> None:
         self.model, self.method, self.seed = Decoder(model), method, seed
         initialise(self.model, seed)
         self._config, self._batch_of, self._learning_rate = optimizer, batch_of, learning_rate
         partition = equal(model.n_layers, processes=stages)
         self._blocks = [stage.blocks for stage in partition.stages]
-        self._layout = one_f_one_b(stages, microbatches, swapped=method.swapped).layout
+        routes = one_f_one_b(stages, microbatches, swapped=method.swapped).layout.routes
+        self._groups = _groups([tuple(route) for route in routes], is_joined)
         self._chains = [_Chain([self.model.blocks[number] for number in blocks]) for blocks in self._blocks]
         self._optimizers = [self._optimizer(chain) for chain in self._chains]
         ends = nn.ModuleList([self.model.embedding, self.model.head])
         self._ends = self._optimizer(ends)
         self.norms = GradientNorms(optimizer.grad_clip)
         self._histories = [_History() for _ in range(stages)]
-        size = _LOG_BYTES
-        self._logs = [(BoundaryLog(size), BoundaryLog(size)) for _ in range(stages)] if method.healing else []
+        self._logs = _empty_logs(stages) if method.healing else []
         self.step = 0
         """Steps whose result counts."""
         self.executed = 0
@@ -174,17 +180,30 @@ class StageSimulation:
 
     def train_step(self) -> float:
         """Mean loss of the step, nats per target."""
-        losses = []
+        total = 0.0
         batch = self._batch_of(self.step)
-        for microbatch, (tokens, targets) in enumerate(batch):
-            loss = self._through(microbatch, tokens, targets)
+        for route, members in self._groups:
+            loss = self._through(route, members, batch) * len(members)
             (loss / len(batch)).backward()  # type: ignore[no-untyped-call]  # torch: untyped
-            losses.append(float(loss.detach()))
+            total += float(loss.detach())
         self._update()
         self.step, self.executed = self.step + 1, self.executed + 1
-        if self.method.rollback_every and self.step % self.method.rollback_every == 0:
+        if self.method.rollback_every and self.executed % self.method.rollback_every == 0:
             self._save()
-        return sum(losses) / len(losses)
+        return total / len(batch)
+
+    def fork(self, method: Method) -> StageSimulation:
+        """A copy that goes on alone, by another method. Raises: ConfigurationError for one of other routes."""
+        if method.swapped != self.method.swapped:
+            raise ConfigurationError(f"swapped={method.swapped}: routes are chosen at the start; build another one")
+        shared = (self._batch_of, self._learning_rate)
+        made = copy.deepcopy(self, {id(function): function for function in shared})
+        made.method = method
+        if method.healing and not made._logs:
+            made._logs = _empty_logs(self.stages)
+        if method.rollback_every:
+            made._save()
+        return made
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> float:
@@ -204,41 +223,48 @@ class StageSimulation:
                 hidden = out
         return sums
 
-    def _through(self, microbatch: int, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _through(self, route: Sequence[int], members: Sequence[int], batch: Batch) -> Tensor:
+        tokens, targets = (torch.cat([batch[number][side] for number in members]) for side in (0, 1))
         hidden = self.model.embedding(tokens)
-        for stage in self._layout.routes[microbatch]:
+        for stage in route:
             out = self._chains[stage](hidden)
-            self._log(stage, microbatch, hidden, out)
+            self._log(stage, members, hidden, out)
             hidden = out
         logits = self.model.head(hidden).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def _log(self, stage: int, microbatch: int, hidden: Tensor, out: Tensor) -> None:
+    def _log(self, stage: int, members: Sequence[int], hidden: Tensor, out: Tensor) -> None:
         plan = self.method.healing
-        if plan is not None:
-            entry, leaving = self._logs[stage]
-            for log, tensor in ((entry, hidden), (leaving, out)):
+        if plan is None:
+            return
+        for log, joined in zip(self._logs[stage], (hidden, out), strict=True):
+            for microbatch, tensor in zip(members, joined.chunk(len(members)), strict=True):
                 log.record(self.executed, microbatch, tensor)
-                _keep_newest(log, plan.logged)
+            _keep_newest(log, plan.logged)
 
     def _update(self) -> None:
         squares = [_square(chain.parameters()) for chain in self._chains]
         whole = math.sqrt(sum(squares) + _square(self._end_parameters()))
-        clip = self._config.grad_clip
-        factor = min(1.0, clip / (whole + 1e-6)) if clip else 1.0
-        for stage, square in enumerate(squares):
-            self.norms.record(stage, math.sqrt(square), clipped_by=whole)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+        alone = self.method.clips_each_stage
+        for stage, (chain, square) in enumerate(zip(self._chains, squares, strict=True)):
+            norm = math.sqrt(square)
+            self.norms.record(stage, norm, clipped_by=None if alone else whole)
+            self._clip(chain.parameters(), norm if alone else whole)
+        self._clip(self._end_parameters(), math.sqrt(_square(self._end_parameters())) if alone else whole)
         rate = self._learning_rate(self.step)
         for stage, optimizer in enumerate(self._optimizers):
             _step(optimizer, rate * self._rate_factor(stage))
         _step(self._ends, rate)
 
+    def _clip(self, parameters: Iterator[nn.Parameter], norm: float) -> None:
+        clip = self._config.grad_clip
+        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
     def _end_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.model.embedding.parameters()
-        yield from self.model.head.parameters()
+        yield from nn.ModuleList([self.model.embedding, self.model.head]).parameters()  # a tied table once
 
     def _rate_factor(self, stage: int) -> float:
         method, history = self.method, self._histories[stage]
@@ -278,6 +304,8 @@ class StageSimulation:
         for parameter in self._chains[stage].parameters():
             parameter.fill_(math.nan)
             parameter.grad = None
+        if self.method.moments is MomentRepair.EXACT:
+            return  # a copy of them, though not of the weights, is held elsewhere
         for state in self._optimizers[stage].state.values():
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_floating_point():
@@ -317,6 +345,8 @@ class StageSimulation:
 
     def _renew_optimizer(self, repair: StageRepair, share: float) -> None:
         stage, how = repair.stage, self.method.moments
+        if how is MomentRepair.EXACT:
+            return
         self._optimizers[stage] = self._optimizer(self._chains[stage])
         if how is MomentRepair.RESET or len(repair.sources) < 2:
             return
@@ -351,6 +381,18 @@ class StageSimulation:
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip((*self._optimizers, self._ends), saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+
+
+def _groups(routes: Sequence[tuple[int, ...]], is_joined: bool) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Routes with the microbatches that take them together."""
+    if not is_joined:
+        return [(route, [number]) for number, route in enumerate(routes)]
+    return [(route, [n for n, other in enumerate(routes) if other == route]) for route in dict.fromkeys(routes)]
+
+
+def _empty_logs(stages: int) -> list[tuple[BoundaryLog, BoundaryLog]]:
+    """What goes into each stage, and what comes out."""
+    return [(BoundaryLog(_LOG_BYTES), BoundaryLog(_LOG_BYTES)) for _ in range(stages)]
 
 
 def _keep_newest(log: BoundaryLog, count: int) -> None:

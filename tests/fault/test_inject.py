@@ -84,6 +84,7 @@ def test_a_node_killed_with_keeper_and_worker_at_once_is_rebuilt_from_parity(
     assert PARITY in [plan["source"] for plan in events_of(run_dir, "recovery_planned")]
 
 
+@pytest.mark.flips
 def test_whatever_happens_to_workers_leaves_no_trace_in_the_result(
     tmp_path: Path, corpus: Path, undisturbed: Outcome
 ) -> None:

@@ -236,6 +236,7 @@ def _make_alike(simulation) -> None:  # type: ignore[no-untyped-def]
         ([-1.0, -1.1, -0.9, -1.0, -1.0], "CONTRADICTED"),
         ([0.001, -0.001, 0.0, 0.0005, -0.0005], "NOT_CONFIRMED"),
         ([1.0, -1.0, 0.5, -0.5, 0.1], "NOT_DECIDED"),
+        ([-1.0, 0.6, -0.5, 0.3, -0.2], "NOT_DECIDED"),
         ([math.nan, 1.0, 1.0], "NOT_DECIDED"),
         ([1.0], "NOT_DECIDED"),
     ],

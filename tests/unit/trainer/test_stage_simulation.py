@@ -181,3 +181,21 @@ def test_failures_are_the_same_for_every_method_and_as_frequent_as_asked() -> No
     }
     assert sum(len(failure.stages) for failure in every) == pytest.approx(0.05 * 4000 * 6, rel=0.1)
     assert draw_failures(0.0, steps=50, stages=6, seed=0) == []
+
+
+@pytest.mark.parametrize("is_alone", [False, True], ids=["the whole gradient", "each stage"])
+def test_gradients_are_clipped_together_or_stage_by_stage(is_alone: bool) -> None:
+    """By plain SGD the change of the weights is the clipped gradient itself."""
+    limit, rate = 0.05, 1e-2
+    config = OptimConfig(name=OptimName.SGD, lr=rate, momentum=0.0, weight_decay=0.0, grad_clip=limit)
+    simulation = _simulation(Method(Repair.EXACT, clips_each_stage=is_alone), steps=0, config=config)
+    before = _weights(simulation)
+    simulation.train_step()
+    moved = {name: (tensor - before[name]) / rate for name, tensor in _weights(simulation).items()}
+    norms = [math.sqrt(sum(float(t.square().sum()) for t in _stage(moved, stage).values())) for stage in range(_STAGES)]
+    whole = math.sqrt(sum(float(t.square().sum()) for t in moved.values()))
+    if is_alone:
+        assert norms == pytest.approx([limit] * _STAGES, rel=1e-3)
+    else:
+        assert whole == pytest.approx(limit, rel=1e-3)
+        assert max(norms) < limit

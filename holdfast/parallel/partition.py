@@ -16,12 +16,10 @@ __all__ = [
     "LayerCosts",
     "Partition",
     "StageLayers",
-    "averageable_stages",
     "balanced",
     "equal",
     "estimate_costs",
     "from_block_counts",
-    "require_equal_stages",
 ]
 
 
@@ -134,30 +132,6 @@ def equal(n_layers: int, *, processes: int, chunks: int = 1) -> Partition:
             f"{n_layers + -n_layers % stages} blocks"
         )
     return _partition(_ends([n_layers // stages] * stages), processes)
-
-
-def averageable_stages(partition: Partition) -> frozenset[int]:
-    """Stages that have two neighbours with as many blocks as they have themselves.
-
-    The k-th block of such a stage can be rebuilt from the k-th blocks of both (arXiv 2506.15461, section 4.2).
-    """
-    counts = partition.block_counts
-    return frozenset(i for i in range(1, len(counts) - 1) if counts[i - 1] == counts[i] == counts[i + 1])
-
-
-def require_equal_stages(partition: Partition) -> None:
-    """Insist that any stage can be rebuilt from its neighbours, tensor by tensor.
-
-    Raises: ConfigurationError that names the stages that differ.
-    """
-    counts = partition.block_counts
-    common = max(sorted(set(counts)), key=counts.count)
-    others = [f"stage {stage} has {count}" for stage, count in enumerate(counts) if count != common]
-    if others:
-        raise ConfigurationError(
-            f"rebuilding a stage from its neighbours needs stages with equal numbers of blocks; most have {common}, "
-            f"{', '.join(others)}; choose a number of stages that divides {sum(counts)}"
-        )
 
 
 class _Table:

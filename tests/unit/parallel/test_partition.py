@@ -13,12 +13,10 @@ from holdfast.errors import ConfigurationError
 from holdfast.parallel.partition import (
     LayerCosts,
     Partition,
-    averageable_stages,
     balanced,
     equal,
     estimate_costs,
     from_block_counts,
-    require_equal_stages,
 )
 from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.sizing import flops_per_token
@@ -146,17 +144,3 @@ def test_equal_stages_or_what_would_be_possible() -> None:
     assert equal(12, processes=3, chunks=2).block_counts == (2,) * 6
     with pytest.raises(ConfigurationError, match=r"use 1, 2, 5, 10 stages, or 8 or 12 blocks"):
         equal(10, processes=4)
-
-
-def test_a_stage_is_averageable_between_equals() -> None:
-    """CheckFree, arXiv 2506.15461, section 4.2: the ends have one neighbour."""
-    assert averageable_stages(equal(12, processes=6)) == {1, 2, 3, 4}
-    uneven = from_block_counts([2, 2, 2, 3, 2, 2, 2], n_layers=15, processes=7)
-    assert averageable_stages(uneven) == {1, 5}
-    assert averageable_stages(equal(4, processes=2)) == set()
-
-
-def test_unequal_stages_are_named() -> None:
-    require_equal_stages(equal(12, processes=4))
-    with pytest.raises(ConfigurationError, match=r"most have 2, stage 2 has 3, stage 3 has 1; .* divides 8"):
-        require_equal_stages(from_block_counts([2, 2, 3, 1], n_layers=8, processes=4))

@@ -49,6 +49,7 @@ def worker_parked(run: Situation, message: m.WorkerParked, now: float) -> None:
         return
     was_asked = worker.state is WorkerState.LEAVING
     worker.rest(outcome, now)
+    run.sources.left(worker.rank, message.live, message.epoch)
     if outcome is m.Outcome.FINISHED or (outcome is m.Outcome.STOPPED and run.stage in (Stage.STOP, Stage.GROW)):
         _conclude(run, worker)
     elif outcome is m.Outcome.ERROR:

@@ -137,6 +137,8 @@ class WorkerParked(Message):
     outcome: Outcome
     detail: str = ""
     version: int = -1
+    live: int = -1
+    """The version that its state was when it left, whole and by now in its keeper's memory; -1 for none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """From which version a membership epoch starts. Pure: an inventory goes in, a reasoned decision comes out.
 
-The newest state wins. Of equally new ones the best source: the memory of all ranks' own keepers; parity, where some
-have lost theirs; what the ranks of another roster hold, or parity of theirs; a durable checkpoint. A fresh model is a
-source only where no checkpoint was ever seen: checkpoints that exist and cannot be read end the run, as starting over
-would bury them.
+The newest state wins. Of equally new ones the best source: the live state, where every rank still had it when it left
+and has brought it into memory; the memory of all ranks' own keepers; parity, where some have lost theirs; what the
+ranks of another roster hold, or parity of theirs; a durable checkpoint. A fresh model is a source only where no
+checkpoint was ever seen: checkpoints that exist and cannot be read end the run, as starting over would bury them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = [
     "DISK",
     "DO_NOT_RESTART",
     "FRESH",
+    "LIVE",
     "MEMORY",
     "NOTHING",
     "PARITY",
@@ -28,6 +29,7 @@ __all__ = [
     "newest_common",
 ]
 
+LIVE = "live state"
 MEMORY, PARITY, DISK, FRESH, NOTHING = "keeper memory", "parity", "disk", "fresh", "nothing"
 """Words of :attr:`Decision.source`."""
 
@@ -45,6 +47,8 @@ class View:
     roster: Roster
     """The membership that is to go on."""
     held: Held
+    live: Mapping[int, int] = field(default_factory=dict)
+    """Version that a rank's state was when it left the last epoch, which memory holds by now."""
     recorded: tuple[Recorded, ...] = ()
     """Versions that the keepers have committed together."""
     former: tuple[Recorded, ...] = ()
@@ -161,15 +165,19 @@ def _common(held: Held, world: int) -> tuple[int, int] | None:
 
 
 def _from_memory(view: View, version: int, epoch: int) -> Decision:
-    reason = f"version {version} is complete in the keepers' memory at every rank"
     against = _torn(view, above=version) + _refusals(view, above=version)
-    return Decision(version, MEMORY, reason, against, writer_epoch=epoch)
+    if all(view.live.get(rank) == version for rank in range(view.world)):
+        reason = f"version {version} is what every rank still had when it left; the step after it is made again"
+        return Decision(version, LIVE, reason, against, writer_epoch=epoch)
+    reason = f"version {version} is complete in the keepers' memory at every rank"
+    return Decision(version, MEMORY, reason, against + _against_live(view, version), writer_epoch=epoch)
 
 
 def _from_parity(view: View, recorded: Recorded) -> Decision:
     lost = name_ranks(recorded.absent)
     reason = f"version {recorded.version} is complete but for {lost}, which parity restores"
     against = _torn(view, above=recorded.version) + _refusals(view, above=recorded.version)
+    against += _against_live(view, recorded.version)
     return Decision(recorded.version, PARITY, reason, against, recorded=recorded)
 
 
@@ -192,7 +200,7 @@ def _from_disk(view: View, step: int, memory: tuple[int, int] | None) -> Decisio
     why = "no version in memory is complete" if memory is None else f"version {memory[0]} in memory is older"
     reason = f"the checkpoint of step {step} is the newest that can be read; {why}"
     against = _torn(view, above=step) + _unrestorable(view, above=step) + _refusals(view, above=step)
-    return Decision(step, DISK, reason, against + view.rejected)
+    return Decision(step, DISK, reason, against + _against_live(view, step) + view.rejected)
 
 
 def _give_up(view: View) -> Decision:
@@ -216,6 +224,15 @@ def _unrestorable(view: View, *, above: int) -> tuple[str, ...]:
     all_of_them = own + [(r, _against_former(view, r)) for r in view.former]
     newer = sorted((one for one in all_of_them if one[0].version > above), key=lambda o: (-o[0].version, -o[0].epoch))
     return tuple(f"version {r.version} from parity: {why}" for r, why in newer)
+
+
+def _against_live(view: View, version: int) -> tuple[str, ...]:
+    """Why the state that some ranks have brought out of the last epoch is not taken, if it is as new as ``version``."""
+    newest = max(view.live.values(), default=-1)
+    if newest < version:
+        return ()
+    others = [rank for rank in range(view.world) if view.live.get(rank) != newest]
+    return (f"live state: {name_ranks(others)} did not bring out version {newest}",) if others else ()
 
 
 def _torn(view: View, *, above: int) -> tuple[str, ...]:

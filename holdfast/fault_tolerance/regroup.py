@@ -19,7 +19,7 @@ def take_inventory(run: Situation, now: float) -> None:
     run.stage, run.deadline_s = Stage.INVENTORY, now + run.recovery.start_timeout_s
     run.absences.since_s.clear()
     run.absences.refused = ""
-    # Again, although the fault was fenced already: keepers that have been replaced since do not know.
+    # Who did not leave in time is being killed, and could still write; the keepers know of no fence yet.
     run.act(m.Fence(run.epoch), m.TakeInventory(run.epoch, run.crew.members(), run.roster))
 
 

@@ -101,9 +101,9 @@ class Situation:
     # -- moves ----------------------------------------------------------------------------------------------------
 
     def leave_epoch(self, now: float) -> None:
-        """Nothing that belongs to the old epoch counts from here on; who is still in it must leave."""
+        """Who is in the old epoch must leave it, and may bring its live state into memory on the way. What memory
+        holds is counted after the fence that comes before every inventory."""
         self.epoch += 1
-        self.act(m.Fence(self.epoch))
         for worker in self.crew.in_state(WorkerState.TRAINING):
             worker.leave(now + self.recovery.abort_after_s, now)
             self.act(m.AbortWorker(worker.worker, worker.epoch))
@@ -123,5 +123,6 @@ class Situation:
         self.announce_first(self.ledger.news(now, at_once=True))
         if self.crew.in_state(WorkerState.TRAINING):
             self.leave_epoch(now)
+            self.act(m.Fence(self.epoch))
         self.act(finish)
         self.stage = Stage.OVER

@@ -20,16 +20,26 @@ class Sources:
         self._refused: dict[int, str] = {}
         self._spoilt: dict[tuple[int, int], str] = {}
         self._rejected: dict[str, None] = {}  # an ordered set
+        self._live: dict[int, int] = {}
+        self._live_epoch = -1
 
     def move_to(self, roster: Roster) -> None:
         """Other nodes take part from now on. What was known of memory is known of the ranks before."""
         self._roster = self._rosters[roster.number] = roster
         self._damaged.clear()
+        self._live.clear()
 
     def take(self, inventory: InventoryTaken) -> None:
         """A newer inventory replaces the last one; a checkpoint once seen unusable is never forgotten."""
         self._inventory = inventory
         self._rejected.update(dict.fromkeys(inventory.rejected))
+
+    def left(self, rank: int, live: int, epoch: int) -> None:
+        """``rank`` has left ``epoch`` alive; its state was version ``live`` then, or none (-1)."""
+        if epoch > self._live_epoch:
+            self._live, self._live_epoch = {}, epoch
+        if epoch == self._live_epoch and live >= 0:
+            self._live[rank] = live
 
     def damaged(self, rank: int, version: int, reason: str) -> None:
         """What ``rank`` was to restore cannot be used: its copy in memory, or a checkpoint that it read itself."""
@@ -67,6 +77,7 @@ class Sources:
             View(
                 roster=self._roster,
                 held={r: [h for h in held if (r, h) not in self._damaged] for r, held in inventory.held.items()},
+                live=self._live,
                 recorded=inventory.recorded,
                 former=inventory.former,
                 rosters=self._rosters,

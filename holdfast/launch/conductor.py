@@ -431,7 +431,8 @@ class Conductor:
                 self._result.update(parked["result"])
             if outcome is m.Outcome.CORRUPT and plan.checkpoints:
                 self._durable.condemn(plan.version, parked["detail"])
-            self._tell(m.WorkerParked(member.worker, plan.epoch, outcome, parked["detail"], parked["version"]))
+            left = parked["detail"], parked["version"], parked["live"]
+            self._tell(m.WorkerParked(member.worker, plan.epoch, outcome, *left))
 
         return then
 

@@ -12,6 +12,9 @@ from holdfast.types import Phase, StepReport
 __all__ = ["BoardWatcher", "Heart"]
 
 
+_LOOK_S = 0.002
+
+
 class Heart:
     """Beats on whatever board it was given last, from its own thread, until the process ends."""
 
@@ -55,6 +58,12 @@ class BoardWatcher:
     def abort(self) -> None:
         """Any thread. The training loop leaves at its next check."""
         self._aborted.set()
+
+    def await_update(self, timeout_s: float) -> None:
+        """Any thread. Let the ranks finish what they have voted on, or are about to."""
+        end = time.monotonic() + timeout_s
+        while self._board.read().phase in (Phase.VOTE, Phase.UPDATE) and time.monotonic() < end:
+            time.sleep(_LOOK_S)
 
     def ask_to_stop(self) -> None:
         """Any thread. The ranks agree at the next vote."""

@@ -42,6 +42,10 @@ __all__ = ["WorkerHost"]
 
 logger = logging.getLogger(__name__)
 
+_UPDATE_GRACE_S = 0.5
+"""An update that is under way may end before an epoch is broken off: half of it is no state to go on from. Peers that
+are gone end it at once; only one that is frozen costs this."""
+
 
 class WorkerHost:
     """Methods are called by the fleet: ``abort``, ``stop`` and ``drain`` from their own threads, the rest in order."""
@@ -61,6 +65,8 @@ class WorkerHost:
         self._watcher: BoardWatcher | None = None
         self._comm: TorchCommunicator | None = None
         self._notes: list[dict[str, object]] = []
+        self._live = -1
+        """The version that the state was when the last epoch broke, if memory holds it."""
         self._injected: list[chaos.ChaosFault] = []
         self._ledger = Ledger(struck_folder(self._run_dir))
 
@@ -110,9 +116,10 @@ class WorkerHost:
     def run_epoch(self, plan: Mapping[str, object]) -> dict[str, object]:
         """Train until the goal, a stop or a fault; always answers with an :class:`Outcome` word."""
         epoch_plan = EpochPlan(**cast(dict[str, Any], plan))
+        self._live = -1
         answer = self._guarded(epoch_plan)
         self._park(epoch_plan)
-        return {**answer, "notes": self.drain()}
+        return {**answer, "live": self._live, "notes": self.drain()}
 
     def abort(self, epoch: int) -> None:
         """Leave ``epoch``, whichever collective the training thread is blocked in."""
@@ -121,6 +128,7 @@ class WorkerHost:
             watcher, comm = self._watcher, self._comm
         if watcher is not None:
             watcher.abort()
+            watcher.await_update(_UPDATE_GRACE_S)
         if comm is not None:
             comm.abort()
 
@@ -160,7 +168,7 @@ class WorkerHost:
         logger.info("left the epoch: %s", describe_error(error))
         if self._watcher is not None and self._watcher.is_aborted:
             return _answer(Outcome.ABORTED, str(error).splitlines()[0] if str(error) else type(error).__name__)
-        if isinstance(error, (CollectiveBroken, PeerError)) or broken_collective(error):
+        if _is_of_a_peer(error):
             return _answer(Outcome.BROKEN, str(error).splitlines()[0])
         return _answer(Outcome.ERROR, describe_error(error))
 
@@ -200,9 +208,24 @@ class WorkerHost:
             ending = run.trainer.fit()
             result = run.conclude() if ending is Ending.FINISHED else {}
             return _answer(Outcome(ending.value), version=run.view.train.step, result=result)
+        except (Abort, Exception) as error:
+            self._live = self._keep_live(run, error)
+            raise
         finally:
             snapshots.close()  # first: it may still be copying live tensors
+            if not any(slot.is_complete and slot.version == self._live for slot in self._arena.slots()):
+                self._live = -1
             run.close()
+
+    def _keep_live(self, run: RankRun, error: BaseException) -> int:
+        """What broke was elsewhere; here the state may be as good as it was."""
+        if not isinstance(error, Abort) and not _is_of_a_peer(error):
+            return -1
+        try:
+            return run.trainer.keep_live()
+        except (Abort, SnapshotError) as late:  # the keepers have closed the epoch: they have counted what they hold
+            logger.info("the live state is not kept: %s", describe_error(late))
+            return -1
 
     def _source(self, plan: EpochPlan, snapshots: ArenaSnapshotter) -> Restorer:
         if plan.held:
@@ -262,6 +285,10 @@ class _Laps:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._laps.items())
+
+
+def _is_of_a_peer(error: BaseException) -> bool:
+    return isinstance(error, (CollectiveBroken, PeerError)) or broken_collective(error)
 
 
 def _answer(

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, Store  # torch.distributed hands them on without declaring it
+
+# torch.distributed hands these on without declaring it
+from torch._C._distributed_c10d import FileStore, HashStore, Store
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from holdfast.errors import Abort, CollectiveBroken, InvariantViolation
@@ -83,6 +85,13 @@ class TorchCommunicator:
             dist.destroy_process_group()
             raise CollectiveBroken(rank, "join", f"of its {world - 1} connections none is left, or none is recognised")
         return cls(rank, world, torch.device("cpu"), connections)
+
+    @classmethod
+    def alone(cls, backend: str) -> TorchCommunicator:
+        """A group of one, which needs no file to meet at."""
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        return cls(0, 1, device, Connections())
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Collective. Sum float64 values over all ranks; the result has the same bits on each.

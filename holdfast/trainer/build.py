@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,16 +78,15 @@ class Job:
         """Build a tiny engine alone and make a step. Much is imported and compiled on first use; a fault need not
         wait for it then. Takes seconds, once per process."""
         options, tokens = self.options, torch.zeros(1, _TINY.max_seq_len, dtype=torch.long, device=self.device)
-        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
-            alone = TorchCommunicator.join(f"{folder}/alone", rank=0, world=1, backend=self.backend, timeout_s=60.0)
-            try:
-                engine = build_engine(options, _TINY, self.device, Work(1, 1, _TINY.max_seq_len), rank=0, world=1)
-                engine.forward_backward([(tokens, tokens, 0)])
-                engine.update(options.optim.lr)
-                engine.refresh()
-                engine.close()
-            finally:
-                alone.close()
+        alone = TorchCommunicator.alone(self.backend)
+        try:
+            engine = build_engine(options, _TINY, self.device, Work(1, 1, _TINY.max_seq_len), rank=0, world=1)
+            engine.forward_backward([(tokens, tokens, 0)])
+            engine.update(options.optim.lr)
+            engine.refresh()
+            engine.close()
+        finally:
+            alone.close()
 
 
 class RankRun:

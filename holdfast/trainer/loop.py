@@ -75,6 +75,7 @@ class Trainer:
             self._pending.restored = version
             if source is self._parts.snapshots:
                 self._pending.held_by_all = version
+        self._pending.reach(self._view)
         if take_over:
             take(self._view, self._parts, self._pending)
         elif version < 0:
@@ -100,6 +101,17 @@ class Trainer:
             self._evaluate_if_due()
         return self._settle(Ending.FINISHED)
 
+    def keep_live(self) -> int:
+        """Not collective. The epoch broke: begin to capture the state of the last boundary, if it is still whole here
+        and was not captured before, so that all ranks that survive can redo the step from where they are.
+
+        Returns the version; -1 if an update had begun, or no buffer could be spared.
+        """
+        pending, live = self._pending, self._pending.live
+        if live < 0 or live in (pending.version, pending.held_by_all):
+            return live
+        return live if self._parts.snapshots.offer(self._view.marked(), live) else -1
+
     def _step(self) -> bool:
         """Collective. Whether the ranks agreed to stop."""
         step = self._view.train.step
@@ -120,8 +132,10 @@ class Trainer:
             self._parts.engine.update(0.0)  # takes the gradients; what it spoils is restored below
         train.left_out.add(error.step)
         self._parts.watcher.enter(Phase.RESTORE, version)
+        self._pending.live = -1
         self._view.adopt(self._parts.snapshots.restore_into(self._view.capture(), version))
         self._pending.version, self._pending.is_held = version, False
+        self._pending.reach(self._view)
         if self._parts.rank == 0:
             self._parts.note({"event": "step_left_out", "step": error.step, "reason": str(error), "version": version})
 

@@ -53,8 +53,16 @@ class StateView:
 
     def capture(self) -> RankState:
         """The state as it is now. The tensors stay live: copy them before the next update."""
+        self.mark()
+        return self.marked()
+
+    def mark(self) -> None:
+        """A step begins here: what it draws from the random state can be drawn again."""
         for random in self._random:
             random.read()
+
+    def marked(self) -> RankState:
+        """The state as it was when it was marked, anywhere in the step up to the update."""
         return RankState(self._slices, self._scalars())
 
     def _scalars(self) -> dict[str, object]:

@@ -128,6 +128,13 @@ class Pending:
     held_by_all: int = -1
     """The newest that is complete on every rank."""
     copied_bytes: int = 0
+    live: int = -1
+    """The step whose state is live and whole; -1 while an update changes it."""
+
+    def reach(self, view: StateView) -> None:
+        """The live state is that of a step boundary again."""
+        view.mark()
+        self.live = view.train.step
 
 
 def train_step(
@@ -146,11 +153,12 @@ def train_step(
         raise NonFiniteStep(step, verdict.loss)
     failpoints.hit("step.before_update", step)
     parts.watcher.enter(Phase.UPDATE, step)
-    rate = parts.learning_rate(step)
+    rate, pending.live = parts.learning_rate(step), -1
     grad_norm = parts.engine.update(rate)
     if not math.isfinite(grad_norm):  # clipping by it has spoiled the live state, which nobody has been offered yet
         raise NonFiniteStep(step, grad_norm, "gradient norm")
     view.train.advance(verdict.tokens)
+    pending.reach(view)
     failpoints.hit("step.after_update", step)
     offered_s = offer(view, parts, pending, has_room=verdict.has_room)
     report = StepReport(
@@ -177,6 +185,7 @@ def pass_over(view: StateView, parts: StepParts, pending: Pending) -> bool:
     verdict = vote([0.0, 0.0, 0.0], parts, pending, step, wanted=_next_version(parts, step))
     verdict = _wait_if_due(verdict, parts, pending, step)
     view.train.advance(0)
+    pending.reach(view)
     offer(view, parts, pending, has_room=verdict.has_room)
     return verdict.stop
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance import chaos
-from holdfast.fault_tolerance.policy import DISK, PARITY
+from holdfast.fault_tolerance.policy import DISK, LIVE, PARITY
 from holdfast.launch.inject_command import inject
 from holdfast.launch.run import train
 from tests.support.drivers import Driver, records, run_dirs
@@ -124,6 +124,16 @@ def test_whatever_happens_to_keepers_leaves_no_trace_in_the_result(
         suspect_after_s=2.0,  # all steps that are left take little longer, and nothing is committed meanwhile
     )
     _survived(config, undisturbed)
+
+
+def test_a_fault_that_no_rank_died_of_costs_no_step_although_few_are_kept(
+    tmp_path: Path, corpus: Path, undisturbed: Outcome
+) -> None:
+    config = _config(tmp_path, corpus, "keeper_sigkill node=1 step=10", "keeper_segv node=2 step=15")
+    config.snapshot.every_steps = 8
+    run_dir = _survived(config, undisturbed)
+    assert [plan["source"] for plan in events_of(run_dir, "recovery_planned")] == [LIVE, LIVE]
+    assert [done["steps_lost"] for done in events_of(run_dir, "recovery_done")] == [0, 0]
 
 
 def test_a_frozen_node_is_replaced(tmp_path: Path, corpus: Path, undisturbed: Outcome) -> None:

@@ -54,7 +54,7 @@ def test_kills_of_workers_and_of_a_node_leave_no_trace(
     ]
     undisturbed, result = train(whole), train(struck)
     assert (undisturbed.exit_code, result.exit_code) == (0, 0)
-    assert len(events_of(result.run_dir, "recovery_done")) == 3
+    assert len(events_of(result.run_dir, "fault_injected")) == 3
     assert "parity" in {event["source"] for event in events_of(result.run_dir, "recovery_planned")}
     assert outcome_of(undisturbed.run_dir).differences(outcome_of(result.run_dir)) == []
     assert swapped or _losses(undisturbed.run_dir) == pytest.approx(plain, rel=1e-5)

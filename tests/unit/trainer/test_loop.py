@@ -357,6 +357,7 @@ def _fail_in(step: int) -> Callable[[str, int], None]:
     return fault
 
 
+@pytest.mark.parametrize("keeps_live", [False, True], ids=["", "live state kept"])
 @pytest.mark.parametrize("make", [MemorySnapshotter, LateSnapshots])
 @pytest.mark.parametrize("snapshot_every", [1, 3])
 @pytest.mark.parametrize(
@@ -373,15 +374,19 @@ def _fail_in(step: int) -> Callable[[str, int], None]:
     ],
 )
 def test_a_run_that_goes_back_to_a_version_repeats_the_undisturbed_run_to_the_bit(
-    undisturbed: _Run, make: type[MemorySnapshotter], snapshot_every: int, place: str, step: int
+    undisturbed: _Run, make: type[MemorySnapshotter], snapshot_every: int, place: str, step: int, keeps_live: bool
 ) -> None:
     snapshots = make()
     first = _Run(snapshots, snapshot_every=snapshot_every)
     first.trainer.restore(snapshots, -1)
     with failpoints.armed(place, _fail_in(step)), pytest.raises(ConnectionError):
         first.trainer.fit()
+    boundary = step + (place == "step.after_update")
+    if keeps_live:
+        assert first.trainer.keep_live() == boundary
     snapshots.fence()  # a version that was offered is complete, whoever died afterwards
     version = snapshots.versions[-1]
+    assert version == boundary or not keeps_live
     second = _Run(snapshots, seed=99, snapshot_every=snapshot_every)  # fresh weights, moments and random numbers
     second.trainer.restore(snapshots, version)
     assert second.trainer.fit() is Ending.FINISHED
@@ -393,6 +398,20 @@ def test_a_run_that_goes_back_to_a_version_repeats_the_undisturbed_run_to_the_bi
     # An evaluation that the fault itself interrupts is not made up for: the loop is beyond it.
     lost = {step} if place == "evaluate.begin" else set()
     assert first.evaluations | second.evaluations == {k: v for k, v in undisturbed.evaluations.items() if k not in lost}
+
+
+def test_a_state_that_an_update_has_begun_to_change_is_not_kept() -> None:
+    run = _Run(MemorySnapshotter(), snapshot_every=3)
+    run.trainer.restore(run.snapshots, -1)
+
+    def breaks(lr: float) -> float:
+        raise ConnectionError(f"in the update at rate {lr}")
+
+    run.engine.update = breaks  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError):
+        run.trainer.fit()
+    assert run.trainer.keep_live() == -1
+    assert run.snapshots.versions == [0]
 
 
 def _last_random_state(undisturbed: _Run) -> torch.Tensor:

@@ -74,6 +74,14 @@ class ParityStore:
         """Bytes that the parity of a version takes here."""
         return _layout(self.lane, parts).parity_bytes
 
+    def reserve(self, capacity_bytes: int) -> None:
+        """Memory for the parity of versions of so many bytes per rank, before there is one. Raises: SnapshotMemory."""
+        size = StripeLayout([capacity_bytes] * len(self.lane.ranks), self.lane.parity).parity_bytes
+        size = min(size, self._limit_bytes // len(self._slots))  # a capacity has some slack, which the limit knows not
+        for slot in self._slots:
+            if slot.key is None:
+                self._grow(slot, size)
+
     @property
     def keys(self) -> list[Key]:
         """Versions whose parity is complete here."""
@@ -84,12 +92,18 @@ class ParityStore:
         need = self.size_for(parts)
         slot = next(slot for slot in self._slots if slot.key is None or slot.key != keep)
         slot.key = None
-        others = sum(other.memory.size for other in self._slots if other is not slot)
-        if need + others > self._limit_bytes:
-            rank = self.lane.ranks[self.member]
-            raise SnapshotMemory(need_bytes=need + others, have_bytes=self._limit_bytes, rank=rank)
-        slot.grow(need)
+        self._grow(slot, need)
         return slot
+
+    def _grow(self, slot: _Slot, size: int) -> None:
+        others = sum(other.memory.size for other in self._slots if other is not slot)
+        rank = self.lane.ranks[self.member]
+        if size + others > self._limit_bytes:
+            raise SnapshotMemory(need_bytes=size + others, have_bytes=self._limit_bytes, rank=rank)
+        try:
+            slot.grow(size)
+        except OSError as error:
+            raise SnapshotMemory(need_bytes=size, have_bytes=slot.memory.size, rank=rank) from error
 
     def drop(self, key: Key) -> None:
         for slot in self._slots:

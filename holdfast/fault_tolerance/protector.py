@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from holdfast import failpoints
-from holdfast.errors import InsufficientShards, ManifestMismatch, ShardCorrupt, SnapshotError
+from holdfast.errors import InsufficientShards, ManifestMismatch, ShardCorrupt, SnapshotError, SnapshotMemory
 from holdfast.fault_tolerance import commit as c
 from holdfast.fault_tolerance.arena import Arena
 from holdfast.fault_tolerance.buffer import Buffer, BufferState, Bytes, Slot
@@ -105,6 +105,8 @@ class Protector:
         self._plan: ProtectionPlan | None = None
         self._fence_epoch = 0
         self._stores: dict[int, ParityStore] = {}
+        self._reserved: dict[int, int] = {}
+        """Bytes of a rank's buffers for which its store has got memory."""
         self._former: tuple[Mapping[int, ParityStore], ...] = ()
         """Of other rosters."""
         self._roster, self._first_epoch, self._commits = 0, 0, 0
@@ -253,6 +255,7 @@ class Protector:
         plan = self._plan
         if plan is None:
             return
+        self._reserve()
         now, versions = time.monotonic(), self._filled(plan)
         self._pace(max(versions, default=-1), now)
         self._do(self._participant.filled(plan.epoch, versions, now))
@@ -418,6 +421,7 @@ class Protector:
         if plan.roster != self._roster:
             self._former = (*self._former, self._stores) if self._stores else self._former
             self._roster, self._first_epoch, self._commits, self._stores = plan.roster, plan.epoch, 0, {}
+        self._reserved.clear()
         known, self._stores = self._stores, {}
         for rank in plan.ranks[self._node]:
             lane, board = plan.lane_of(rank), self._arenas()[rank].board
@@ -425,6 +429,14 @@ class Protector:
             fresh = ParityStore(lane, lane.ranks.index(rank), limit_bytes=limit_bytes)
             store = known.get(rank, fresh)
             self._stores[rank] = store if store.lane == lane else fresh
+
+    def _reserve(self) -> None:
+        """Parity gets its memory as soon as a rank has reserved its own, not with the first version."""
+        for rank, store in self._stores.items():
+            capacity = self._arenas()[rank].board.capacity if rank in self._arenas() else 0
+            if capacity > self._reserved.get(rank, 0):
+                self._reserved[rank] = capacity
+                self._encoder.submit(_reserve, store, capacity)
 
     def _store_of(self, rank: int, key: c.Key) -> ParityStore:
         """That of the roster which the version belongs to; of the present one if nobody has it."""
@@ -460,6 +472,13 @@ class _Reader:
 def _go_last() -> None:
     """Encoding must not take the processor from anybody. On Linux a thread has a niceness of its own."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _reserve(store: ParityStore, capacity_bytes: int) -> None:
+    try:
+        store.reserve(capacity_bytes)
+    except SnapshotMemory as error:  # the first version will fail with the same words, and the run hears them then
+        logger.warning("parity of rank %d: %s", store.lane.ranks[store.member], error)
 
 
 def _keys_of(store: ParityStore) -> set[c.Key]:

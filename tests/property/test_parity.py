@@ -133,3 +133,23 @@ def test_memory_that_is_not_granted_is_refused_with_the_bytes_it_would_take(pool
     nodes = _Nodes.make([1000, 1000], 1, seed=6, limit_bytes=1023)
     with pytest.raises(SnapshotMemory, match="1,024"):
         nodes.encode(pool)
+
+
+@pytest.mark.parametrize("limit_bytes", [4096, 1 << 30], ids=["just enough", "plenty"])
+def test_memory_reserved_before_the_first_version_is_what_it_is_encoded_into(
+    limit_bytes: int, pool: ThreadPoolExecutor
+) -> None:
+    nodes = _Nodes.make([2000, 1999, 0], 1, seed=7, limit_bytes=limit_bytes)
+    store = nodes.stores[0]
+    store.reserve(4000)
+    reserved = [slot.memory for slot in store._slots]
+    assert [memory.size for memory in reserved] == [2048] * 2
+    nodes.encode(pool)
+    store.reserve(8000 if limit_bytes > 4096 else 4000)
+    assert any(np.shares_memory(store.read(_KEY, range(1)), memory) for memory in reserved)
+
+
+def test_more_memory_than_is_granted_is_not_reserved() -> None:
+    store = _Nodes.make([1000, 1000], 1, seed=6, limit_bytes=1000).stores[0]
+    store.reserve(1000)
+    assert sum(slot.memory.size for slot in store._slots) == 1000

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.support.strikes import prepare, sightings, struck, torn
+from tests.support.strikes import prepare, sightings, torn, witnessed
 
 
 @pytest.fixture(autouse=True)
-def no_snapshot_is_torn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """In runs that this process drives with forked processes. Every worker writes digests of its live state after each
-    update; every keeper of the stored bytes, before they count. Tests that flip bits in these bytes are marked."""
+def no_snapshot_is_torn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every worker writes digests of its live state after each update; every keeper of the stored bytes, before they
+    count. Tests that flip bits in these bytes are marked. Yields where the witnesses write."""
     folder = prepare(tmp_path_factory.mktemp("seen") / "by witnesses", [])
-    with struck(folder):
-        yield
+    with witnessed(folder):
+        yield folder
     if request.node.get_closest_marker("flips") is None:
         assert torn(sightings(folder)) == []

@@ -41,6 +41,7 @@ from tests.support.drivers import (
     until,
 )
 from tests.support.runs import Outcome, events_of, outcome_of, tiny_config, write_corpus
+from tests.support.strikes import sightings
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -231,7 +232,7 @@ def test_a_second_signal_leaves_at_once(
 
 
 def test_a_killed_driver_takes_its_processes_with_it_and_the_next_one_continues(
-    tmp_path: Path, corpus: Path, reference: Outcome, driver: Callable[..., Driver]
+    tmp_path: Path, corpus: Path, reference: Outcome, driver: Callable[..., Driver], no_snapshot_is_torn: Path
 ) -> None:
     config = _config(tmp_path, corpus, persist_every=8, faults=["hang rank=1 step=9"])
     run = driver(config)
@@ -240,6 +241,7 @@ def test_a_killed_driver_takes_its_processes_with_it_and_the_next_one_continues(
     assert len(run.family()) >= 6  # driver, fork server, two keepers, two workers
     run.signal(signal.SIGKILL)
     until(lambda: run.family() == [], "the end of all processes", within_s=10)
+    assert {seen.what for seen in sightings(no_snapshot_is_torn)} == {"live", "stored"}
     (run_dir,) = run_dirs(tmp_path)
     config.chaos.faults = []
     resumed = train(config)

@@ -19,6 +19,7 @@ from holdfast.configs.plain import to_plain
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.launch.run import Result, train
 from tests.support.runs import events_of, outcome_of, tiny_config, write_corpus
+from tests.support.strikes import sightings
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -40,7 +41,7 @@ def _on_ray(config: RunConfig, **options: object) -> RunConfig:
 
 
 def test_a_killed_and_a_frozen_actor_leave_no_trace_in_the_result(
-    tmp_path: Path, corpus: Path, undisturbed: Result
+    tmp_path: Path, corpus: Path, undisturbed: Result, no_snapshot_is_torn: Path
 ) -> None:
     faults = ["sigkill rank=1 step=3 at=step.after_backward", "sigstop rank=2 step=4"]
     result = train(_on_ray(tiny_config(tmp_path, corpus, steps=_STEPS, faults=faults, suspect_after_s=5.0)))
@@ -51,6 +52,7 @@ def test_a_killed_and_a_frozen_actor_leave_no_trace_in_the_result(
     assert result.exit_code == 0
     assert outcome_of(undisturbed.run_dir).differences(outcome_of(result.run_dir)) == []
     assert not list(Path("/tmp").glob(f"hf-ray-{os.getpid()}-*"))
+    assert {"live", "stored", "restored"} <= {seen.what for seen in sightings(no_snapshot_is_torn)}
 
 
 @pytest.fixture(scope="module")

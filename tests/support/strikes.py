@@ -1,6 +1,7 @@
 """Processes of a run that die at a named failpoint, and tell on the way there what they see.
 
-``struck`` makes every worker and keeper that this process starts a witness. A witness kills what a :class:`Strike`
+``struck`` makes every worker and keeper that this process starts a witness; ``witnessed`` also those that are started
+by a driver in a process of its own, or by Ray. A witness kills what a :class:`Strike`
 says, at the place it says, and writes digests of the training state into a folder: of the live tensors at each step
 boundary, of what its keeper holds when a version is committed, and of the live tensors after a restore. None of it
 goes through the code that takes, stores and restores snapshots, so the digests can be held against each other.
@@ -32,6 +33,7 @@ from holdfast.launch import process_fleet
 from holdfast.launch.fleet import Role
 
 if TYPE_CHECKING:
+    from holdfast.launch.ray_fleet import RayFleet
     from holdfast.launch.worker import WorkerHost
     from holdfast.trainer.state import StateView
 
@@ -46,8 +48,11 @@ __all__ = [
     "sightings",
     "stored_digests",
     "struck",
+    "tell_actors",
     "torn",
     "unstruck",
+    "watch",
+    "witnessed",
 ]
 
 
@@ -57,6 +62,8 @@ REBUILD, EXAMINE = "rebuild", "examine"
 
 
 _KEEPERS_S = 10.0
+_PASSED_ON = "HOLDFAST_WITNESS", "PYTHONPATH"
+_PATHS = str(Path(__file__).with_name("witness")), str(Path(__file__).parents[2])
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,35 @@ def struck(folder: Path) -> Iterator[None]:
         yield
     finally:
         process_fleet._run = run
+
+
+@contextmanager
+def witnessed(folder: Path) -> Iterator[None]:
+    """As :func:`struck`, for all processes of all runs that begin inside the block."""
+    from holdfast.launch.ray_fleet import RayFleet
+
+    kept = {name: os.environ.get(name) for name in _PASSED_ON}
+    path = [*_PATHS, *filter(None, [kept["PYTHONPATH"]])]
+    os.environ.update(HOLDFAST_WITNESS=str(folder), PYTHONPATH=os.pathsep.join(path))
+    environment = RayFleet._environment
+    try:
+        tell_actors(RayFleet)
+        with struck(folder):
+            yield
+    finally:
+        RayFleet._environment = environment  # type: ignore[method-assign]
+        for name, value in kept.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def tell_actors(fleet: type[RayFleet]) -> None:
+    """Ray's actors have the environment of their node, not that of the driver."""
+    environment = fleet._environment
+
+    def passed_on(self: RayFleet) -> dict[str, str]:
+        return {**environment(self), **{name: os.environ[name] for name in _PASSED_ON if name in os.environ}}
+
+    fleet._environment = passed_on  # type: ignore[method-assign]
 
 
 def unstruck(folder: Path) -> list[Strike]:
@@ -164,9 +200,15 @@ def _count(folder: Path, strikes: int) -> int:
 
 def _run(folder: str, role: str, spec: str, environment: Mapping[str, str], pipe: Connection) -> None:
     """Body of a process, in place of the fleet's own."""
-    witness = _Witness(Path(folder), Role(role))
-    (_watch_worker if witness.role is Role.WORKER else _watch_keeper)(witness, json.loads(spec))
+    watch(folder, Role(role), json.loads(spec))
     process_fleet._run(role, spec, environment, pipe)
+
+
+def watch(folder: str, role: Role, spec: Mapping[str, Any]) -> None:
+    """This process is a witness from now on, if it is none yet."""
+    if not isinstance(getattr(failpoints.hit, "__self__", None), _Witness):
+        witness = _Witness(Path(folder), role)
+        (_watch_worker if role is Role.WORKER else _watch_keeper)(witness, spec)
 
 
 class _Witness:

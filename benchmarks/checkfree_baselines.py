@@ -27,8 +27,8 @@ from checkfree_compare import (
 from checkfree_runs import EXACT, Study
 from record import table
 
-from holdfast.fault_tolerance.stage_policy import RateMode, Repair
-from holdfast.fault_tolerance.stage_repair import CODE_WEIGHTING, MomentRepair, Weighting
+from holdfast.fault_tolerance.stage_policy import MomentRepair, RateMode, Repair
+from holdfast.fault_tolerance.stage_repair import CODE_WEIGHTING, Weighting
 from holdfast.trainer.stage_simulation import Method
 
 __all__ = ["ablations", "rollback"]

@@ -26,6 +26,7 @@ __all__ = [
     "RunStarted",
     "SnapshotCost",
     "SnapshotFailed",
+    "StageRebuilt",
     "StepLeftOut",
     "StopRequested",
     "Waiting",
@@ -116,6 +117,8 @@ class RecoveryPlanned(Event):
     reason: str
     rejected: tuple[str, ...] = ()
     """Better sources that were refused, each with its reason."""
+    is_approximate: bool = False
+    """The run goes on from a state that it has never had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,22 @@ class SnapshotCost(Event):
     """From the first byte to the last, beside the step."""
     slowdown: float | None
     """Steps with a copy beside them against steps without, 0.02 is 2 %; None when there were too few of either."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRebuilt(Event):
+    """A pipeline stage was made from others: from here on the run is not the one that it would have been."""
+
+    stage: int
+    version: int
+    repair: str
+    """Such as checkfree: see ``recovery.stage.repair``."""
+    sources: list[int]
+    """Stages that were read."""
+    share: float
+    """Of the first of two sources in the average."""
+    bytes: int
+    """Read from the memory of other nodes."""
 
 
 @dataclass(frozen=True, slots=True)

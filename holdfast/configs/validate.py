@@ -22,6 +22,7 @@ from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError, SnapshotError
 from holdfast.fault_tolerance.board import MAX_BUFFERS
 from holdfast.fault_tolerance.chaos import ChaosFault, parse, parse_all
+from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts
 from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
@@ -38,6 +39,7 @@ __all__ = [
     "never_happens",
     "pipeline_plan",
     "refuse_bad",
+    "stage_facts",
     "state_bytes",
     "this_host",
 ]
@@ -183,6 +185,9 @@ _RULES: Mapping[str, _Rule] = {
     "recovery.min_nodes": _POSITIVE_COUNT,
     "recovery.retry_node_s": _SECONDS,
     "recovery.lease_s": _SECONDS,
+    "recovery.stage.norm_exponent": (lambda v: v in (1, 2), "1 or 2"),
+    "recovery.stage.rate_factor": (lambda v: 0 < v < math.inf, "more than 0"),
+    "recovery.stage.rate_decay_steps": _POSITIVE_COUNT,
     "launch.nodes": _POSITIVE_COUNT,
     "launch.workers_per_node": _POSITIVE_COUNT,
     "launch.spares": _COUNT,
@@ -224,6 +229,51 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
         pipeline_plan(config)
     except ConfigurationError as error:
         yield from error.problems
+
+
+def _stage_repair(config: RunConfig) -> Iterator[str]:
+    """A stage is made of others only where it is alike, alone with its layers, and has the end that it needs."""
+    stage, parallel = config.recovery.stage, config.parallel
+    name = f"recovery.stage.repair={stage.repair.name}"
+    if stage.repair is Repair.EXACT:
+        return
+    if parallel.pipeline < 2:
+        yield f"{name} is of a pipeline, and there is none; set parallel.pipeline, or EXACT"
+    elif parallel.chunks > 1 or _replicas(config) > 1:
+        yield (
+            f"{name} needs one stage per rank; with parallel.chunks={parallel.chunks} and {_replicas(config)} replicas "
+            "a rank holds several, or a part of one; use snapshot.parity instead"
+        )
+    elif stage.repair is Repair.CHECKFREE_PLUS and not parallel.swapped:
+        yield f"{name} copies the ends from what swapped microbatches have trained; set parallel.swapped=true"
+    if stage.moments is MomentRepair.AVERAGED and config.optim.name.is_8bit:
+        yield (
+            f"recovery.stage.moments=AVERAGED with optim.name={config.optim.name.name}: codes of 8 bits have no "
+            "average; use RESET, or an optimizer of 32 bits"
+        )
+    if stage.moments is MomentRepair.EXACT:
+        yield "recovery.stage.moments=EXACT: nobody has them any more; use RESET or AVERAGED"
+    if stage.repair not in (Repair.RANDOM, Repair.IDENTITY):
+        yield from _unlike_stages(config, name)
+
+
+def _unlike_stages(config: RunConfig, name: str) -> Iterator[str]:
+    if list(_pipeline(config)) or config.parallel.pipeline < 2:
+        return  # reported already
+    counts = pipeline_plan(config).partition.block_counts
+    if len(set(counts)) > 1:
+        yield (
+            f"{name} makes a stage of its neighbours, which have other numbers of blocks: {list(counts)}; set "
+            "parallel.blocks to equal numbers, or choose n_layers so that parallel.pipeline divides it"
+        )
+
+
+def stage_facts(config: RunConfig) -> StageFacts | None:
+    """Of the pipeline, if its lost stages may be rebuilt from others."""
+    wish = config.recovery.stage.repair
+    if wish is Repair.EXACT:
+        return None
+    return StageFacts(pipeline_plan(config).partition.block_counts, wish, config.parallel.swapped)
 
 
 def pipeline_plan(config: RunConfig) -> PipelinePlan:
@@ -403,6 +453,7 @@ _PARTS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _optim,
     _data,
     _pipeline,
+    _stage_repair,
     _batch,
     _snapshots,
     protection_problems,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["ChaosConfig", "RecoveryConfig", "SnapshotConfig"]
+from holdfast.fault_tolerance.stage_policy import MomentRepair, RateMode, Repair
+
+__all__ = ["ChaosConfig", "RecoveryConfig", "SnapshotConfig", "StageConfig"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,6 +45,27 @@ class SnapshotConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """How a stage of a pipeline is rebuilt that no memory holds any more. All but EXACT are approximate."""
+
+    repair: Repair = Repair.EXACT
+    """EXACT goes back to a durable checkpoint. CHECKFREE averages the neighbours; CHECKFREE_PLUS does inside, and
+    copies the ends from what was trained in their place (parallel.swapped); COPY_PREVIOUS, COPY_NEXT, UNIFORM, RANDOM
+    and IDENTITY are for comparison."""
+    norm_exponent: int = 2
+    """Of the gradient norms by which CHECKFREE weighs the neighbours: 1 or 2. Clipping by the global norm, which scales
+    both alike, changes nothing."""
+    moments: MomentRepair = MomentRepair.RESET
+    """The optimizer's: RESET starts them anew, AVERAGED averages those of the neighbours."""
+    rate_factor: float = 1.0
+    """By which the learning rate of a rebuilt stage is multiplied."""
+    rate_mode: RateMode = RateMode.ONCE
+    """ONCE however often it is rebuilt, COMPOUNDING each time, DECAYING to 1 again."""
+    rate_decay_steps: int = 100
+    """Steps that DECAYING takes."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RecoveryConfig:
     """How faults are noticed and what they may cost."""
 
@@ -72,6 +95,7 @@ class RecoveryConfig:
     """Seconds between attempts to start the processes of a node that the run goes on without."""
     lease_s: float = 60.0
     """A keeper that has not heard from a driver for this long ends and frees its memory."""
+    stage: StageConfig = field(default_factory=StageConfig)
 
 
 @dataclass(kw_only=True, slots=True)

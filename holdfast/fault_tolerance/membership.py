@@ -16,6 +16,7 @@ from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.lanes import Lane, Roster, make_lanes
 from holdfast.fault_tolerance.messages import Member, Outcome, StartKeeper, StartWorker
 from holdfast.fault_tolerance.placement import make_groups
+from holdfast.fault_tolerance.stage_policy import StageFacts
 
 __all__ = ["Crew", "Keepers", "Layout", "Worker", "WorkerState"]
 
@@ -36,6 +37,8 @@ class Layout:
     group_size: int = 0
     parity: int = 0
     """See :func:`holdfast.fault_tolerance.placement.make_groups`: for the lanes of fewer nodes."""
+    stages: StageFacts | None = None
+    """The pipeline, if its lost stages may be rebuilt from others."""
     batch_parts: int = 0
     """Micro-batches in a global batch, of which every rank must get equally many; 0 suits any number of ranks."""
 

@@ -13,6 +13,7 @@ from enum import Enum
 
 from holdfast.events import Event
 from holdfast.fault_tolerance.lanes import Recorded, Roster
+from holdfast.fault_tolerance.stage_policy import StageRebuild
 from holdfast.types import Phase
 
 __all__ = [
@@ -326,6 +327,8 @@ class StartEpoch(Action):
     former: Recorded | None = None
     """The members read ``version`` from what the ranks of another roster hold in memory; one that finds it damaged
     leaves as CORRUPT."""
+    rebuild: StageRebuild | None = None
+    """The members of these stages make ``version`` from what others hold; one that cannot leaves as CORRUPT."""
 
 
 @dataclass(frozen=True, slots=True)

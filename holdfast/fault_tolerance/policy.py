@@ -4,6 +4,9 @@ The newest state wins. Of equally new ones the best source: the live state, wher
 and has brought it into memory; the memory of all ranks' own keepers; parity, where some have lost theirs; what the
 ranks of another roster hold, or parity of theirs; a durable checkpoint. A fresh model is a source only where no
 checkpoint was ever seen: checkpoints that exist and cannot be read end the run, as starting over would bury them.
+
+A run may allow one source that is not exact: when no memory is, lost stages of a pipeline are rebuilt from others of
+the newest version that these hold, rather than going back to an older checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass, field
 
 from holdfast.fault_tolerance.lanes import Recorded, Roster, lost_beyond_repair
 from holdfast.fault_tolerance.messages import HeldVersion
+from holdfast.fault_tolerance.stage_policy import RepairPlan, StageFacts, StageRebuild
 
 __all__ = [
     "DISK",
@@ -20,6 +24,7 @@ __all__ = [
     "FRESH",
     "LIVE",
     "MEMORY",
+    "NEIGHBOURS",
     "NOTHING",
     "PARITY",
     "Decision",
@@ -29,7 +34,7 @@ __all__ = [
     "newest_common",
 ]
 
-LIVE = "live state"
+LIVE, NEIGHBOURS = "live state", "neighbours"
 MEMORY, PARITY, DISK, FRESH, NOTHING = "keeper memory", "parity", "disk", "fresh", "nothing"
 """Words of :attr:`Decision.source`."""
 
@@ -63,6 +68,8 @@ class View:
     """Steps of checkpoints that turned out bad when they were loaded, with the reason."""
     rejected: tuple[str, ...] = ()
     """Checkpoints that were found and cannot be used, each with its reason."""
+    stages: StageFacts | None = None
+    """Of a pipeline whose lost stages may be rebuilt from others."""
 
     @property
     def world(self) -> int:
@@ -88,6 +95,9 @@ class Decision:
     former: Recorded | None = None
     """What is left of the version that the ranks of another roster hold, and every rank now reads its part of."""
 
+    rebuild: StageRebuild | None = None
+    """The stages that are made from others, and the version that these hold."""
+
     @property
     def incomplete(self) -> Recorded | None:
         """What has to be rebuilt before anybody can start."""
@@ -108,6 +118,8 @@ def decide(view: View) -> Decision:
     found = [one.version for one in (parity, former) if one is not None]
     known = [*found, *(() if memory is None else memory[:1]), *(() if disk is None else (disk,))]
     newest = max(known, default=None)
+    if not found and memory is None and (others := _from_others(view, disk)) is not None:
+        return others
     if newest is None:
         return _give_up(view) if view.rejected or view.refused else _afresh(view)
     if memory is not None and memory[0] == newest:
@@ -117,6 +129,43 @@ def decide(view: View) -> Decision:
     if former is not None and former.version == newest:
         return _from_former(view, former)
     return _from_disk(view, newest, memory)
+
+
+def _from_others(view: View, disk: int | None) -> Decision | None:
+    """The newest version of whose lost stages the others are enough, if no checkpoint is as new."""
+    for version, epoch in sorted(_keys(view), reverse=True):
+        lost, plan = _stage_plan(view, version, epoch)
+        if version > (-1 if disk is None else disk) and lost and plan.is_complete:
+            what = "; ".join(repair.reason for repair in plan.repairs)
+            reason = f"version {version} is complete but for {name_ranks(lost)}, which no memory holds: {what}"
+            against = _torn(view, above=version) + _unrestorable(view, above=-1) + _refusals(view, above=version)
+            rebuild = StageRebuild(Recorded(version, epoch, roster=view.roster.number), plan.repairs)
+            return Decision(version, NEIGHBOURS, reason, against, writer_epoch=epoch, rebuild=rebuild)
+    return None
+
+
+def _keys(view: View) -> set[tuple[int, int]]:
+    """Versions that some rank holds."""
+    held = {(h.version, h.epoch) for copies in view.held.values() for h in copies if h.world == view.world}
+    return held - view.spoilt.keys()
+
+
+def _stage_plan(view: View, version: int, epoch: int) -> tuple[list[int], RepairPlan]:
+    """Ranks without the version, and what is to become of their stages."""
+    holders = {r for r, copies in view.held.items() if any((h.version, h.epoch) == (version, epoch) for h in copies)}
+    lost = [rank for rank in range(view.world) if rank not in holders]
+    if view.stages is None or len(view.stages.layers) != view.world:
+        return [], RepairPlan((), ())
+    return lost, view.stages.plan(lost)
+
+
+def _against_others(view: View, *, above: int) -> tuple[str, ...]:
+    """Why the newest version that some ranks hold cannot be completed from them."""
+    newest = max(_keys(view), default=(-1, -1))
+    if newest[0] <= above:
+        return ()
+    _, plan = _stage_plan(view, *newest)
+    return tuple(f"version {newest[0]} from {NEIGHBOURS}: {refusal.reason}" for refusal in plan.refusals)
 
 
 def _restorable(view: View) -> Recorded | None:
@@ -193,14 +242,16 @@ def _from_former(view: View, former: Recorded) -> Decision:
 
 def _afresh(view: View) -> Decision:
     reason = "no version in memory is complete and there is no checkpoint"
-    return Decision(-1, FRESH, reason, _torn(view, above=-1) + _unrestorable(view, above=-1))
+    against = _torn(view, above=-1) + _unrestorable(view, above=-1) + _against_others(view, above=-1)
+    return Decision(-1, FRESH, reason, against)
 
 
 def _from_disk(view: View, step: int, memory: tuple[int, int] | None) -> Decision:
     why = "no version in memory is complete" if memory is None else f"version {memory[0]} in memory is older"
     reason = f"the checkpoint of step {step} is the newest that can be read; {why}"
     against = _torn(view, above=step) + _unrestorable(view, above=step) + _refusals(view, above=step)
-    return Decision(step, DISK, reason, against + _against_live(view, step) + view.rejected)
+    against += _against_live(view, step) + _against_others(view, above=step)
+    return Decision(step, DISK, reason, against + view.rejected)
 
 
 def _give_up(view: View) -> Decision:

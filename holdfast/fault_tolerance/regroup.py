@@ -67,7 +67,7 @@ def _decide(run: Situation, now: float) -> None:
         decision = replace(decision, reason=f"{decision.reason}; another layout wrote it, each rank reads its part")
     if run.ledger.outage is not None or decision.source != FRESH:
         run.announce(_plan(run, decision))
-    run.former = decision.former
+    run.former, run.rebuild = decision.former, decision.rebuild
     found = decision.incomplete
     if found is not None:
         _load(run, m.Rebuild(run.epoch, found.version, found.epoch, found.absent), found.version, now)
@@ -87,7 +87,10 @@ def _load(run: Situation, action: m.Action, version: int, now: float) -> None:
 def _plan(run: Situation, decision: Decision) -> RecoveryPlanned:
     planned = 0 if run.watch is None else -1  # a resume, or a change of nodes: no fault
     number = run.ledger.failures if run.ledger.outage is not None else planned
-    return RecoveryPlanned(number, decision.source, decision.version, decision.reason, decision.rejected)
+    is_approximate = decision.rebuild is not None
+    return RecoveryPlanned(
+        number, decision.source, decision.version, decision.reason, decision.rejected, is_approximate
+    )
 
 
 def _start_epoch(run: Situation, version: int, now: float, *, from_storage: bool = False) -> None:
@@ -97,5 +100,5 @@ def _start_epoch(run: Situation, version: int, now: float, *, from_storage: bool
     for worker in run.crew.seated:
         worker.train(run.epoch, now)
     run.stage, run.deadline_s = Stage.RUN, math.inf
-    run.act(m.StartEpoch(run.epoch, members, version, from_storage, run.former))
+    run.act(m.StartEpoch(run.epoch, members, version, from_storage, run.former, run.rebuild))
     run.announce(EpochStarted(run.epoch, len(members), version))

@@ -33,7 +33,7 @@ class StoredCheckpoint:
     def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
         """See :func:`restore_resharded`."""
         shards = StorageShards(self._storage, checkpoint.directory(version))
-        _refuse_foreign(shards, self._config_digest)
+        refuse_foreign(shards, self._config_digest)
         return restore_resharded(shards, state)
 
 
@@ -47,11 +47,11 @@ class HeldSnapshot:
     def restore_into(self, state: RankState, version: int) -> Mapping[str, object]:
         """See :func:`restore_resharded`."""
         with closing(HeldShards(self._parts, version, self._token)) as shards:
-            _refuse_foreign(shards, self._config_digest)
+            refuse_foreign(shards, self._config_digest)
             return restore_resharded(shards, state)
 
 
-def _refuse_foreign(shards: Shards, config_digest: str) -> None:
+def refuse_foreign(shards: Shards, config_digest: str) -> None:
     for manifest in shards.manifests.values():
         if manifest.config_digest != config_digest:
             raise ManifestMismatch(
@@ -73,7 +73,7 @@ def restore_resharded(shards: Shards, state: RankState) -> Mapping[str, object]:
     Raises: ManifestMismatch when parts are missing, stored as something else, or scalars differ between the ranks;
     ShardCorrupt for damaged bytes, and for replicas that are not equal; whatever ``shards`` raises.
     """
-    scalars = _common_scalars(shards.manifests)
+    scalars = common_scalars(shards.manifests)
     new, kept = _split(state.slices, {e.spec.name for m in shards.manifests.values() for e in m.entries})
     moves = cover(shards.manifests, [s.spec for s in kept])
     verified = _verify(shards, moves)
@@ -92,7 +92,7 @@ def _split(slices: Sequence[StateSlice], known: set[str]) -> tuple[list[StateSli
     return new, [s for s in slices if s.spec.name not in names]
 
 
-def _common_scalars(manifests: Mapping[int, Manifest]) -> Mapping[str, object]:
+def common_scalars(manifests: Mapping[int, Manifest]) -> Mapping[str, object]:
     if not manifests:
         raise ManifestMismatch("no rank has stored anything")
     first = manifests[min(manifests)]

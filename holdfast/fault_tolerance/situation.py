@@ -17,6 +17,7 @@ from holdfast.fault_tolerance.membership import Crew, Keepers, Layout, WorkerSta
 from holdfast.fault_tolerance.progress import EpochWatch
 from holdfast.fault_tolerance.protection import ProtectionGauge
 from holdfast.fault_tolerance.sources import Sources
+from holdfast.fault_tolerance.stage_policy import StageRebuild
 
 __all__ = ["INTERRUPTED", "NOTHING_SAVED", "Absences", "Situation", "Stage"]
 
@@ -60,7 +61,7 @@ class Situation:
         self.crew = Crew(layout, self.roster, recovery.start_timeout_s)
         self.keepers = Keepers(self.roster, recovery.start_timeout_s)
         self.ledger = Ledger(max_failures=recovery.max_failures, max_no_progress=recovery.max_no_progress)
-        self.sources = Sources(self.roster)
+        self.sources = Sources(self.roster, layout.stages)
         self.protection = ProtectionGauge(layout.spares, self.roster)
         self.encoded_epoch = -1
         """The newest in which the keepers have committed a version, data and parity."""
@@ -76,6 +77,8 @@ class Situation:
         """Step of the checkpoint that is being loaded."""
         self.former: Recorded | None = None
         """What the ranks will read from the memory of another roster, if that is where the next epoch starts from."""
+        self.rebuild: StageRebuild | None = None
+        """Which stages will be made from others, likewise."""
         self.spares_lost = 0
         self.stop_reason = ""
         self.has_failed = False

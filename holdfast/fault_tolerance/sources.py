@@ -5,6 +5,7 @@ from __future__ import annotations
 from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.messages import HeldVersion, InventoryTaken
 from holdfast.fault_tolerance.policy import DISK, Decision, View, decide
+from holdfast.fault_tolerance.stage_policy import StageFacts
 
 __all__ = ["Sources"]
 
@@ -12,7 +13,8 @@ __all__ = ["Sources"]
 class Sources:
     """Gathers evidence for and against every source; ``decide`` turns it into a decision."""
 
-    def __init__(self, roster: Roster) -> None:
+    def __init__(self, roster: Roster, stages: StageFacts | None = None) -> None:
+        self._stages = stages
         self._roster, self._rosters = roster, {roster.number: roster}
         self._inventory = InventoryTaken(-1, {})
         self._decision: Decision | None = None
@@ -46,7 +48,9 @@ class Sources:
         decision = self._decision
         if decision is None or decision.version != version:
             return
-        if self.is_direct(decision) or decision.recorded is not None or decision.former is not None:
+        if decision.rebuild is not None:
+            self._spoilt[decision.rebuild.held.version, decision.rebuild.held.epoch] = reason
+        elif self.is_direct(decision) or decision.recorded is not None or decision.former is not None:
             self.refuse(version, reason)
         elif decision.writer_epoch is not None:
             self._damaged.add((rank, HeldVersion(version, decision.writer_epoch, self._roster.world)))
@@ -85,6 +89,7 @@ class Sources:
                 durable=inventory.durable,
                 refused=self._refused,
                 rejected=tuple(self._rejected),
+                stages=self._stages,
             )
         )
         return self._decision

@@ -13,18 +13,23 @@ Source: CheckFree and CheckFree+, arXiv 2506.15461, sections 4.2 and 4.3 with al
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 from holdfast.errors import ConfigurationError
+from holdfast.fault_tolerance.lanes import Recorded
 
 __all__ = [
     "EndPairs",
+    "MomentRepair",
     "RateMode",
     "Refusal",
     "Repair",
     "RepairPlan",
+    "StageFacts",
+    "StageRebuild",
     "StageRepair",
     "plan_repair",
     "rate_factor",
@@ -56,6 +61,17 @@ class Repair(Enum):
     """The same stage in a live data-parallel replica."""
 
 
+class MomentRepair(Enum):
+    """What the optimizer knows of a rebuilt stage. The paper does not say."""
+
+    RESET = "reset"
+    """Nothing: moments of zero and step 0, without a warm-up, as in the released code."""
+    AVERAGED = "averaged"
+    """The neighbours' moments, averaged like their weights: in neither the paper nor the code."""
+    EXACT = "exact"
+    """What a live replica has, to the bit, in whatever precision."""
+
+
 class EndPairs(Enum):
     """Which stages CHECKFREE_PLUS copies. It swaps the first two and the last two stages in half of the microbatches,
     so that each has learned to stand in for the other."""
@@ -77,6 +93,13 @@ class StageRepair:
     """Stages whose weights are read, in the order of the pipeline; none for fresh weights, itself for EXACT."""
     is_approximate: bool
     reason: str
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "repair": self.repair.value, "sources": list(self.sources)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StageRepair:
+        return cls(**{**value, "repair": Repair(value["repair"]), "sources": tuple(value["sources"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +232,50 @@ def _against(stage: int, sources: Sequence[int], layers: Sequence[int], gone: Co
     if unequal := [source for source in sources if layers[source] != layers[stage]]:
         return f"it has {layers[stage]} layers and stage {unequal[0]} has {layers[unequal[0]]}; they must be equal"
     return ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageFacts:
+    """The pipeline of a run in which every stage has one process, whose rank is its number."""
+
+    layers: tuple[int, ...]
+    """Blocks of each stage."""
+    wish: Repair
+    has_end_copies: bool
+    """The first two stages both hold the embedding, the last two the head: with swapped routes."""
+
+    def plan(self, lost: Collection[int]) -> RepairPlan:
+        """What is to be done for lost stages of which no memory is left, with what is not in blocks in mind too."""
+        plan = plan_repair(self.layers, lost, wish=self.wish)
+        against = [(each.stage, self._against_end(each, lost)) for each in plan.repairs]
+        refusals = [Refusal(stage, why) for stage, why in against if why]
+        return RepairPlan(plan.repairs, plan.refusals + tuple(refusals))
+
+    def _against_end(self, repair: StageRepair, lost: Collection[int]) -> str:
+        if repair.repair is Repair.RANDOM:
+            return ""
+        last = len(self.layers) - 1
+        for what, end, partner in (("embedding", 0, 1), ("head", last, last - 1)):
+            holders = {end, partner} if self.has_end_copies else {end}
+            if repair.stage in holders and holders <= set(lost):
+                return (
+                    f"the {what} of stage {repair.stage} is in no other memory; parallel.swapped=true keeps a copy "
+                    f"with stage {partner}"
+                )
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRebuild:
+    """A version that is complete but for some stages, and what these become."""
+
+    held: Recorded
+    repairs: tuple[StageRepair, ...]
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Those that are rebuilt."""
+        return tuple(repair.stage for repair in self.repairs)
 
 
 class RateMode(Enum):

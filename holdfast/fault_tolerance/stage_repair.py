@@ -13,20 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError, Fault, ManifestMismatch
-from holdfast.fault_tolerance.stage_policy import Repair
+from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair
 
 __all__ = [
     "CODE_WEIGHTING",
     "PAPER_WEIGHTING",
     "GradientNorms",
-    "MomentRepair",
     "Weighting",
     "average",
     "previous_share",
@@ -228,17 +226,6 @@ def _misfits(like: Weights, source: Weights, whose: str) -> list[str]:
 
 def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-class MomentRepair(Enum):
-    """What the optimizer knows of a rebuilt stage. The paper does not say."""
-
-    RESET = "reset"
-    """Nothing: moments of zero and step 0, without a warm-up, as in the released code."""
-    AVERAGED = "averaged"
-    """The neighbours' moments, averaged like their weights: in neither the paper nor the code."""
-    EXACT = "exact"
-    """What a live replica has, to the bit, in whatever precision."""
 
 
 def rebuild_moments(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from holdfast.clock import Clock
 from holdfast.configs.schema import RunConfig
-from holdfast.events import EventSink, ProtectionFailed
+from holdfast.events import EventSink, ProtectionFailed, RecoveryDone
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
@@ -90,6 +90,8 @@ class Conductor:
         self._result: dict[str, object] = {}
         self._verdict: m.Finish | None = None
         self._stop_reason: str | None = None
+        self._rebuilt: tuple[int, ...] = ()
+        """Ranks of stages that the epoch which starts makes from others."""
         self._hosts = list(layout.hosts)
         self._listened_s = clock.now()
         self._striker = Striker(
@@ -392,15 +394,12 @@ class Conductor:
             old.unlink(missing_ok=True)
         path = str(rendezvous / f"epoch-{action.epoch}")
         checkpoints = self._durable.uri if action.from_storage else ""
-        parts = self._protection.parts(action.former) if action.former is not None else {}
-        held = {str(rank): asdict(part) for rank, part in parts.items()}
-        token = str(self._specs.keeper["token"]) if held else ""
+        self._rebuilt = () if action.rebuild is None else action.rebuild.stages
+        whole = EpochPlan(action.epoch, -1, len(action.members), action.version, path, checkpoints)
 
         def begin() -> None:
             for member in action.members:
-                plan = EpochPlan(
-                    action.epoch, member.rank, len(action.members), action.version, path, checkpoints, held, token
-                )
+                plan = self._plan_of(member.rank, whole, action)
                 self._calls.ask(
                     worker_address(member.worker), "run_epoch", asdict(plan), then=self._parked(member, plan)
                 )
@@ -417,6 +416,17 @@ class Conductor:
             self._calls.tell(keeper_address(node), "forget_above", action.version)
         nodes = self._roster.nodes
         self._ask_keepers(nodes, "forget_above", action.version, then=lambda _: protect(), failed=failed)
+
+    def _plan_of(self, rank: int, whole: EpochPlan, action: m.StartEpoch) -> EpochPlan:
+        """What is the same for all ranks, and from whose memory this one reads, if not from its own."""
+        rebuild, source = action.rebuild, action.former
+        if rebuild is not None:
+            whole = replace(whole, repairs=[repair.to_json() for repair in rebuild.repairs])
+            source = rebuild.held if rank in rebuild.stages else None
+        if source is None:
+            return replace(whole, rank=rank)
+        held = {str(other): asdict(part) for other, part in self._protection.parts(source).items()}
+        return replace(whole, rank=rank, held=held, token=str(self._specs.keeper["token"]))
 
     def _parked(self, member: m.Member, plan: EpochPlan) -> Callable[[Completion], None]:
         def then(answer: Completion) -> None:
@@ -440,6 +450,11 @@ class Conductor:
 
     def _announce(self, action: m.Announce) -> None:
         self._events.emit(action.event)
+        if isinstance(action.event, RecoveryDone):
+            for rank in self._rebuilt:
+                if (worker := self._crew.workers_of_ranks.get(rank)) is not None:
+                    self._notes.fetch(worker)
+            self._rebuilt = ()
 
     def _finish(self, action: m.Finish) -> None:
         self._verdict = action

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from holdfast.events import CheckpointWritten, Evaluated, Event, FaultDetected, FaultInjected, RunEnded
+from holdfast.events import CheckpointWritten, Evaluated, Event, FaultDetected, FaultInjected, RunEnded, StageRebuilt
 from holdfast.launch.wording import TAG_COLUMNS, aligned, describe, duration, ending, step_line
 from holdfast.types import StepReport
 
@@ -63,7 +63,7 @@ class Console:
         self._out = _Unbreakable(stream)
         self._screen = _screen(self._out, is_terminal, total_steps, clock, owns_stdout=stream is sys.stdout)
         self._pace = _Pace(window=log_every)
-        self._failures = self._injected = 0
+        self._failures = self._injected = self._rebuilt = 0
         self._bits_per_byte: float | None = None
         self._saved: CheckpointWritten | None = None
         self._ended: RunEnded | None = None
@@ -122,7 +122,9 @@ class Console:
         self._pace.note(report)
         self._screen.progress(report, self._pace)
         if report.step % self._log_every == 0 or report.step == self._total_steps:
-            line = step_line(report, tokens_per_s=self._pace.tokens_per_s, failures=self._failures)
+            line = step_line(
+                report, tokens_per_s=self._pace.tokens_per_s, failures=self._failures, rebuilt=self._rebuilt
+            )
             self._screen.show([line])
 
     def _emit(self, event: Event) -> None:
@@ -130,6 +132,8 @@ class Console:
             self._failures = max(self._failures, event.number)
         elif isinstance(event, FaultInjected):
             self._injected += 1
+        elif isinstance(event, StageRebuilt):
+            self._rebuilt += 1
         elif isinstance(event, Evaluated):
             self._bits_per_byte = event.bits_per_byte
         elif isinstance(event, CheckpointWritten):
@@ -148,6 +152,7 @@ class Console:
             total_steps=self._total_steps,
             bits_per_byte=self._bits_per_byte,
             injected=self._injected,
+            rebuilt=self._rebuilt,
             facts={**self._what_is_saved(self._ended), **self._facts},
             next_command=self._next_command,
         )

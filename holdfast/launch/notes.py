@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from holdfast.events import Evaluated, Event, EventSink, SnapshotFailed, StepLeftOut
+from holdfast.events import Evaluated, Event, EventSink, SnapshotFailed, StageRebuilt, StepLeftOut
 from holdfast.launch.calls import Calls
 from holdfast.launch.crew import worker_address
 from holdfast.launch.fleet import Completion
@@ -18,6 +18,7 @@ _DRAIN_S = 1.0
 _KINDS: Mapping[str, Callable[..., Event]] = {
     "evaluated": Evaluated,
     "snapshot_failed": SnapshotFailed,
+    "stage_rebuilt": StageRebuilt,
     "step_left_out": StepLeftOut,
 }
 
@@ -33,7 +34,10 @@ class Notes:
         """From the worker of rank 0, if there is one."""
         if worker is not None and now >= self._due_s:
             self._due_s = now + _DRAIN_S
-            self._calls.ask(worker_address(worker), "drain", then=self._drained)
+            self.fetch(worker)
+
+    def fetch(self, worker: int) -> None:
+        self._calls.ask(worker_address(worker), "drain", then=self._drained)
 
     def take(self, notes: Sequence[Mapping[str, Any]]) -> None:
         """One event for each."""

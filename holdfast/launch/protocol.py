@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from holdfast.errors import ConfigurationError
@@ -35,6 +35,8 @@ class EpochPlan:
     held: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """Where ranks of another roster have left ``version``: fields of a ``HeldPart`` by rank; empty when the rank's own
     arena holds it."""
+    repairs: Sequence[Mapping[str, object]] = ()
+    """Fields of the ``StageRepair`` of every rank that makes its state from ``held``; the others read their own."""
     token: str = ""
     """By which the keepers that are asked for it know who may ask."""
 

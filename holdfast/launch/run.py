@@ -215,6 +215,7 @@ class _Drive:
             zones=tuple(zones),
             group_size=config.snapshot.group_size,
             parity=config.snapshot.parity,
+            stages=validate.stage_facts(config),
             batch_parts=config.trainer.global_batch // config.trainer.micro_batch,
         )
 

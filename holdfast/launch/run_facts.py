@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.fault_tolerance.interval import RateEstimate
-from holdfast.fault_tolerance.policy import DISK, MEMORY, PARITY
+from holdfast.fault_tolerance.policy import DISK, LIVE, MEMORY, PARITY
 from holdfast.launch.plan_options import HOUR_S, NODE_MTBF_H, PROCESS_MTBF_H, Value
 from holdfast.launch.records import read_yaml
 from holdfast.launch.run_dir import RunDir
@@ -73,6 +73,7 @@ def _of_steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
 
 def _of_events(events: Sequence[Mapping[str, Any]], step_s: float) -> dict[str, Value]:
     sources = {e.get("number"): e.get("source") for e in events if e.get("event") == "recovery_planned"}
+    sources = {number: MEMORY if source == LIVE else source for number, source in sources.items()}  # read from it too
     faults = [e for e in events if e.get("event") == "fault_detected"]
     done = [e for e in events if e.get("event") == "recovery_done"]
     written = [e for e in events if e.get("event") == "checkpoint_written"]

@@ -119,7 +119,7 @@ def table(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def step_line(report: StepReport, *, tokens_per_s: float | None, failures: int) -> str:
+def step_line(report: StepReport, *, tokens_per_s: float | None, failures: int, rebuilt: int = 0) -> str:
     """Fixed keys in fixed order; what is not known is left out."""
     facts = {
         "step": f"{report.step:,}",
@@ -130,6 +130,7 @@ def step_line(report: StepReport, *, tokens_per_s: float | None, failures: int) 
         "tok/s": "" if tokens_per_s is None else f"{tokens_per_s:,.0f}",
         "snap_age": "" if report.committed < 0 else f"{report.step - report.committed}",
         "fails": f"{failures}",
+        "approx": f"{rebuilt}" if rebuilt else "",
     }
     return " ".join(f"{key} {value}" for key, value in facts.items() if value)
 
@@ -234,6 +235,14 @@ def _generated(event: e.Generated, at: str) -> Iterator[str]:
     yield from _framed(event.text)
 
 
+def _rebuilt(event: e.StageRebuilt, at: str) -> Iterator[str]:
+    of = f" of {', '.join(f'stage {s}' for s in event.sources)}" if event.sources else ""
+    yield (
+        f"STAGE {at} stage {event.stage} rebuilt at step {event.version:,} by {event.repair}{of}, {size(event.bytes)} "
+        "read; the run is approximate from here on"
+    )
+
+
 def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
     yield f"STOP  {at} {event.reason}"
 
@@ -254,6 +263,7 @@ _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.SnapshotCost: _snapshot_cost,
     e.ProtectionFailed: _unprotected,
     e.SnapshotFailed: _snapshot_failed,
+    e.StageRebuilt: _rebuilt,
     e.Generated: _generated,
     e.StopRequested: _stop,
 }
@@ -270,12 +280,15 @@ def ending(
     facts: Mapping[str, str],
     next_command: str,
     injected: int = 0,
+    rebuilt: int = 0,
 ) -> Sequence[str]:
     """The last block: how it ended, the facts, and on a line of its own the one command to type next. ``injected`` is
-    how often something was broken on purpose, which may be the cause of faults and need not be."""
+    how often something was broken on purpose, which may be the cause of faults and need not be; ``rebuilt`` counts the
+    pipeline stages that were made from others."""
     quality = "" if bits_per_byte is None else f"; {bits_per_byte:.3f} bits/byte"
     faults = f"; {_count(event.faults, 'fault')}, {_count(event.steps_lost, 'step')} lost" if event.faults else ""
     faults += f"; {injected:,} injected on purpose" if injected else ""
+    faults += f"; approximate: {_count(rebuilt, 'stage')} rebuilt from others" if rebuilt else ""
     reached = f"step {event.step:,} of {total_steps:,}" if event.step >= 0 else "no step saved"
     head = (
         f"END   {event.outcome} (exit code {event.exit_code}): {reached} in {duration(event.seconds)}{quality}{faults}"

@@ -28,6 +28,9 @@ from holdfast.fault_tolerance.ledger import Ledger
 from holdfast.fault_tolerance.messages import Outcome
 from holdfast.fault_tolerance.resharding import HeldSnapshot, StoredCheckpoint
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, copy_versions, required_bytes
+from holdfast.fault_tolerance.stage_policy import StageRepair
+from holdfast.fault_tolerance.stage_repair import Weighting
+from holdfast.fault_tolerance.stage_restore import Remade, StageSnapshot
 from holdfast.fault_tolerance.storage import open_storage
 from holdfast.launch.inject_files import struck_folder
 from holdfast.launch.protocol import EpochPlan, describe_error
@@ -35,6 +38,7 @@ from holdfast.launch.watch import BoardWatcher, Heart
 from holdfast.parallel.comms import TorchCommunicator, broken_collective
 from holdfast.trainer.build import Job, RankRun
 from holdfast.trainer.loop import Ending, Restorer
+from holdfast.trainer.model import RESIDUAL_OUTPUTS
 from holdfast.trainer.token_store import TokenStore
 from holdfast.types import Phase
 
@@ -198,7 +202,8 @@ class WorkerHost:
             self._arena.reserve(required_bytes(run.view.capture()))
             laps.end("reserve")
             try:
-                run.trainer.restore(self._source(plan, snapshots), plan.version, take_over=bool(plan.held))
+                source = self._source(plan, snapshots)
+                run.trainer.restore(source, plan.version, take_over=bool(plan.held or plan.repairs))
             except SnapshotError as error:
                 if not plan.checkpoints and not plan.held:
                     raise
@@ -228,6 +233,20 @@ class WorkerHost:
             return -1
 
     def _source(self, plan: EpochPlan, snapshots: ArenaSnapshotter) -> Restorer:
+        repairs = [StageRepair.from_json(repair) for repair in plan.repairs]
+        if not repairs:
+            return self._exact_source(plan, snapshots)
+        stage = self._config.recovery.stage
+        own = next((repair for repair in repairs if repair.stage == plan.rank), None)
+        if own is None:
+            return Remade(snapshots, repairs, plan.world, stage.moments)
+        parts, weighting = HeldPart.from_json(plan.held), Weighting(exponent=stage.norm_exponent)
+        made = StageSnapshot(
+            parts, plan.token, self._config_digest, own, weighting, stage.moments, RESIDUAL_OUTPUTS, self._note
+        )
+        return Remade(made, repairs, plan.world, stage.moments)
+
+    def _exact_source(self, plan: EpochPlan, snapshots: ArenaSnapshotter) -> Restorer:
         if plan.held:
             return HeldSnapshot(HeldPart.from_json(plan.held), plan.token, config_digest=self._config_digest)
         if not plan.checkpoints:

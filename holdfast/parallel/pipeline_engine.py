@@ -46,6 +46,11 @@ class Place:
         return self.rank % self.processes
 
     @property
+    def name(self) -> str:
+        """Of the process, and of how many; what layers it has depends on both."""
+        return f"{self.process}/{self.processes}"
+
+    @property
     def replica(self) -> int:
         return self.rank // self.processes
 
@@ -71,6 +76,8 @@ class PipelineOptions:
     """Largest global gradient norm; 0 turns clipping off."""
     block_size: int = 1
     """Elements of a quantisation block; 1 when no state is quantised."""
+    rate_factor: Callable[[int, int], float] = lambda times, steps_since: 1.0
+    """By what the learning rate is multiplied of a stage that was rebuilt so often, last so many steps ago."""
 
 
 class PipelineEngine:
@@ -131,6 +138,7 @@ class PipelineEngine:
         self._slices = tuple(self._make_slices())
         self._shared = _shared(layouts, place.process)
         self._owned = {name for name in numbers if place.process == _owner(layouts, name)}
+        self._rebuilt: Mapping[str, Mapping[str, int]] = {}
         self.stage_norms: tuple[float, ...] = ()
         """Norm of each process's gradient in the last step, before clipping; what several hold counts at the first."""
 
@@ -156,7 +164,7 @@ class PipelineEngine:
         for group in self._groups:
             group.reduce(self._mail)
         norm = self._measure_norms()
-        factor = clip_factor(norm, self._options.grad_clip)
+        factor, lr = clip_factor(norm, self._options.grad_clip), lr * self._rate_factor()
         for group, options in zip(self._groups, self._optimizer.param_groups, strict=True):
             options["lr"] = lr
             if factor != 1.0:
@@ -166,6 +174,20 @@ class PipelineEngine:
         for group in self._groups:
             group.spread(self._mail)
         return norm
+
+    def _rate_factor(self) -> float:
+        own = self._rebuilt.get(self._place.name)
+        return 1.0 if own is None else self._options.rate_factor(own["times"], self._steps() - own["at"])
+
+    def _steps(self) -> int:
+        """Of the run that the optimizer has made, whatever its own moments know of."""
+        values = self._states.scalars(self._optimizer, self._flats[0].master)
+        return cast(int, values.get("step", 0)) + self._unknown_steps
+
+    @property
+    def _unknown_steps(self) -> int:
+        """Steps before the moments of this stage began anew."""
+        return self._rebuilt.get(self._place.name, {"steps": 0})["steps"]
 
     def _sum_shared(self) -> None:
         """What several processes of a pipeline hold gets the gradients of all of them."""
@@ -199,16 +221,21 @@ class PipelineEngine:
         """What the optimizer keeps besides tensors, as JSON values, by parameter group, and the stages' norms."""
         # All groups count the same steps, and stages differ in the groups that they have: so every rank names all.
         values = self._states.scalars(self._optimizer, self._flats[0].master)
-        of_groups = {str(number): dict(values) for number in range(_MOST_GROUPS)}
-        return {**of_groups, "stage_norms": list(self.stage_norms)}
+        whole = {**values, **({"step": self._steps()} if "step" in values else {})}
+        of_groups = {str(number): dict(whole) for number in range(_MOST_GROUPS)}
+        rebuilt = {"rebuilt": dict(self._rebuilt)} if self._rebuilt else {}
+        return {**of_groups, "stage_norms": list(self.stage_norms), **rebuilt}
 
     def load_scalars(self, scalars: Mapping[str, object]) -> None:
         """Put back what ``scalars`` returned, here or on any other rank or in another layout."""
         self.stage_norms = tuple(cast(Sequence[float], scalars.get("stage_norms", ())))
-        of_groups = {key: values for key, values in scalars.items() if key != "stage_norms"}
+        self._rebuilt = cast(Mapping[str, Mapping[str, int]], scalars.get("rebuilt", {}))
+        of_groups = {key: values for key, values in scalars.items() if key.isdecimal()}
         for flat in self._flats:
-            values = of_groups.get(str(flat.group), next(iter(of_groups.values())))
-            self._states.load_scalars(self._optimizer, flat.master, cast(Mapping[str, object], values))
+            values = dict(cast(Mapping[str, int], of_groups.get(str(flat.group), next(iter(of_groups.values())))))
+            if "step" in values:
+                values["step"] -= self._unknown_steps
+            self._states.load_scalars(self._optimizer, flat.master, values)
 
     @torch.no_grad()
     def refresh(self) -> None:

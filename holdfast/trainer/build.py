@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from holdfast import failpoints
-from holdfast.fault_tolerance.config import SnapshotConfig
+from holdfast.fault_tolerance.config import RecoveryConfig, SnapshotConfig
 from holdfast.optim.config import OptimConfig
 from holdfast.optim.schedules import learning_rate
 from holdfast.parallel.comms import TorchCommunicator
@@ -49,6 +49,7 @@ class Options(Protocol):
     optim: OptimConfig
     parallel: ParallelConfig
     snapshot: SnapshotConfig
+    recovery: RecoveryConfig
 
 
 class Peers(Communicator, Protocol):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from holdfast import optim
+from holdfast.fault_tolerance.config import RecoveryConfig, StageConfig
+from holdfast.fault_tolerance.stage_policy import rate_factor
 from holdfast.optim.config import OptimConfig
 from holdfast.parallel.config import ParallelConfig
 from holdfast.parallel.pipeline_engine import PipelineEngine, PipelineOptions, Place
@@ -27,6 +30,7 @@ class EngineOptions(Protocol):
     seed: int
     optim: OptimConfig
     parallel: ParallelConfig
+    recovery: RecoveryConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +92,18 @@ def _build_pipeline(
             shape=(work.micro_batch, work.seq_len, config.d_model),
             grad_clip=options.optim.grad_clip,
             block_size=_block_size(options.optim),
+            rate_factor=_rate_factor(options.recovery.stage),
         ),
         layouts_of(config, plan.partition, layout),
     )
+
+
+def _rate_factor(stage: StageConfig) -> Callable[[int, int], float]:
+    def factor(times: int, steps_since: int) -> float:
+        decay = stage.rate_decay_steps
+        return rate_factor(stage.rate_factor, stage.rate_mode, times, steps_since=steps_since, decay_steps=decay)
+
+    return factor
 
 
 def _block_size(config: OptimConfig) -> int:

@@ -77,6 +77,8 @@ class Trainer:
                 self._pending.held_by_all = version
         self._pending.reach(self._view)
         if take_over:
+            # Others may still read what this rank lets go of now.
+            vote([0.0, 0.0, 0.0], self._parts, self._pending, self._view.train.step)
             take(self._view, self._parts, self._pending)
         elif version < 0:
             # So that a fault in the very first step costs nothing. Every memory is empty.

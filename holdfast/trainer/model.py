@@ -23,10 +23,21 @@ from holdfast.errors import ConfigurationError, InvariantViolation
 from holdfast.trainer import sizing
 from holdfast.trainer.config import ModelConfig
 
-__all__ = ["Block", "Decoder", "Embedding", "Head", "Layers", "generate", "initial_weight", "initialise"]
+__all__ = [
+    "RESIDUAL_OUTPUTS",
+    "Block",
+    "Decoder",
+    "Embedding",
+    "Head",
+    "Layers",
+    "generate",
+    "initial_weight",
+    "initialise",
+]
 
 _WEIGHT_STD = 0.02
-_RESIDUAL_OUTPUTS = ("attention.wo.weight", "feed_forward.w_down.weight")
+RESIDUAL_OUTPUTS = ("attention.wo.weight", "feed_forward.w_down.weight")
+"""Ends of the names of the matrices of a block that write to the residual stream."""
 
 
 class Linear(nn.Linear):
@@ -230,7 +241,7 @@ def initial_weight(name: str, shape: Sequence[int], *, seed: int, n_layers: int)
         return torch.ones(*shape)
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
-    std = _WEIGHT_STD / math.sqrt(2 * n_layers) if name.endswith(_RESIDUAL_OUTPUTS) else _WEIGHT_STD
+    std = _WEIGHT_STD / math.sqrt(2 * n_layers) if name.endswith(RESIDUAL_OUTPUTS) else _WEIGHT_STD
     return torch.randn(*shape, generator=generator) * std
 
 

@@ -22,11 +22,18 @@ from torch import Tensor, nn
 from holdfast import optim
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.boundary_log import BoundaryLog, Healing, angular_distance, heal, pairs
-from holdfast.fault_tolerance.stage_policy import EndPairs, RateMode, Repair, StageRepair, plan_repair, rate_factor
+from holdfast.fault_tolerance.stage_policy import (
+    EndPairs,
+    MomentRepair,
+    RateMode,
+    Repair,
+    StageRepair,
+    plan_repair,
+    rate_factor,
+)
 from holdfast.fault_tolerance.stage_repair import (
     PAPER_WEIGHTING,
     GradientNorms,
-    MomentRepair,
     Weighting,
     previous_share,
     rebuild,
@@ -36,12 +43,10 @@ from holdfast.optim.config import OptimConfig
 from holdfast.parallel.partition import equal
 from holdfast.parallel.schedule import one_f_one_b
 from holdfast.trainer.config import ModelConfig
-from holdfast.trainer.model import Decoder, initial_weight, initialise
+from holdfast.trainer.model import RESIDUAL_OUTPUTS, Decoder, initial_weight, initialise
 
 __all__ = ["Failure", "HealingPlan", "Method", "Rebuilt", "StageSimulation", "draw_failures"]
 
-_OUTPUTS = ("attention.wo.weight", "feed_forward.w_down.weight")
-"""Matrices that write to the residual stream."""
 _LOG_BYTES = 64 << 20
 
 Batch = Sequence[tuple[Tensor, Tensor]]
@@ -323,7 +328,7 @@ class StageSimulation:
             [dict(self._chains[source].named_parameters()) for source in repair.sources],
             share=share,
             initial=self._initial(stage),
-            output_suffixes=_OUTPUTS,
+            output_suffixes=RESIDUAL_OUTPUTS,
         )
         with torch.no_grad():
             for name, parameter in chain.named_parameters():

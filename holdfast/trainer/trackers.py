@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from holdfast import knobs
-from holdfast.events import Evaluated, Event, FaultDetected, RecoveryDone, RunEnded, StopRequested, WorldChanged
+from holdfast.events import (
+    Evaluated,
+    Event,
+    FaultDetected,
+    RecoveryDone,
+    RunEnded,
+    StageRebuilt,
+    StopRequested,
+    WorldChanged,
+)
 from holdfast.trainer.config import TrackerConfig, TrackerName, WandbMode
 from holdfast.types import StepReport
 
@@ -151,6 +160,12 @@ def _messages(item: StepReport | Event) -> Iterator[dict[str, object]]:
         yield _log(item.step, {f"recovery/{name}": getattr(item, name) for name in names})
         text = f"resumed at step {item.step:,}, {item.repaired_in_s:.1f} s, {item.steps_lost} step(s) lost"
         yield _alert(f"recovered from fault {item.number}", text, "INFO")
+    elif isinstance(item, StageRebuilt):
+        yield _log(item.version, {"recovery/approximate": 1})
+        text = (
+            f"by {item.repair} of stages {item.sources} at step {item.version:,}; the run is approximate from here on"
+        )
+        yield _alert(f"stage {item.stage} was rebuilt", text, "WARN")
     elif isinstance(item, WorldChanged):
         yield _alert(f"{item.world} ranks instead of {item.world_before}", item.reason, "WARN")
     elif isinstance(item, StopRequested):

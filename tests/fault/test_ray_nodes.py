@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from holdfast.configs.schema import LaunchConfig, LaunchKind, RunConfig
-from holdfast.fault_tolerance.policy import MEMORY, PARITY
+from holdfast.fault_tolerance.policy import LIVE, MEMORY, PARITY
 from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
 from holdfast.launch.ray_fleet import RayFleet
 from holdfast.launch.run import train
@@ -311,7 +311,8 @@ def test_killed_keeper_is_replaced_where_it_was_and_its_worker_carries_the_memor
     story.await_recovery("keeper killed")
     assert [_is_keeper(actor) for actor in _actors_of(_raylet(node))].count(True) == 1
     run_dir = story.finish()
-    assert [plan["source"] for plan in events_of(run_dir, "recovery_planned")] == [MEMORY]
+    (plan,) = events_of(run_dir, "recovery_planned")
+    assert plan["source"] in (LIVE, MEMORY)  # as the fault finds the ranks before or in the update
     assert outcome_of(undisturbed(3)).differences(outcome_of(run_dir)) == []
 
 

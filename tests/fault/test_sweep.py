@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from holdfast import failpoints
-from holdfast.fault_tolerance.policy import DISK, MEMORY, PARITY
+from holdfast.fault_tolerance.policy import DISK, LIVE, MEMORY, PARITY
 from holdfast.launch.fleet import Role
 from tests.support.drivers import records
 from tests.support.runs import events_of, write_corpus
@@ -120,7 +120,7 @@ def test_two_faults_at_once_leave_no_trace(
 ) -> None:
     found = is_struck(sweep_config(tmp_path, corpus, stage=2, parity=parity), strikes)
     sources = {event["source"] for event in events_of(found.run_dir, "recovery_planned")}
-    assert sources | {MEMORY} == {MEMORY, source}  # what is rebuilt is in memory for the next recovery
+    assert sources | {LIVE, MEMORY} == {LIVE, MEMORY, source}  # what is rebuilt is in memory for the next recovery
     assert differences(found, truths.of(2)) == []
 
 

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError, Fault, ManifestMismatch
-from holdfast.fault_tolerance.stage_policy import Repair, plan_repair
+from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, plan_repair
 from holdfast.fault_tolerance.stage_repair import (
     CODE_WEIGHTING,
     PAPER_WEIGHTING,
     GradientNorms,
-    MomentRepair,
     Weighting,
     average,
     previous_share,

@@ -271,7 +271,7 @@ class _Fleet:
         """The worker leaves its epoch, if it is in one."""
         sent = self.asked(_worker(worker), "run_epoch")
         if sent is not None and epoch in (None, sent.args[0]["epoch"]):
-            answer = {"outcome": outcome, "detail": "", "version": self.step, "result": {}, "notes": []}
+            answer = {"outcome": outcome, "detail": "", "version": self.step, "result": {}, "live": -1, "notes": []}
             self.answer(sent, {**answer, **facts})
 
     def finish(self, **result: object) -> None:

@@ -16,8 +16,7 @@ import torch
 
 from holdfast import optim
 from holdfast.errors import ConfigurationError
-from holdfast.fault_tolerance.stage_policy import Repair
-from holdfast.fault_tolerance.stage_repair import MomentRepair
+from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair
 from holdfast.trainer.stage_simulation import HealingPlan, Method
 
 _BENCHMARKS = Path(__file__).parents[3] / "benchmarks"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from holdfast import optim
 from holdfast.errors import ConfigurationError
-from holdfast.fault_tolerance.stage_policy import EndPairs, RateMode, Repair
-from holdfast.fault_tolerance.stage_repair import CODE_WEIGHTING, MomentRepair, Weighting
+from holdfast.fault_tolerance.stage_policy import EndPairs, MomentRepair, RateMode, Repair
+from holdfast.fault_tolerance.stage_repair import CODE_WEIGHTING, Weighting
 from holdfast.optim.config import OptimConfig, OptimName
 from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.model import Decoder, initialise

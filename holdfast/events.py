@@ -26,6 +26,7 @@ __all__ = [
     "RunStarted",
     "SnapshotCost",
     "SnapshotFailed",
+    "StageHealed",
     "StageRebuilt",
     "StepLeftOut",
     "StopRequested",
@@ -222,6 +223,20 @@ class StageRebuilt(Event):
     """Of the first of two sources in the average."""
     bytes: int
     """Read from the memory of other nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageHealed(Event):
+    """A rebuilt stage was fitted, alone, to what the lost one had answered."""
+
+    stage: int
+    pairs: int
+    """Microbatches of which both neighbours had logged their side."""
+    steps: int
+    before: float | None
+    """Error on pairs held out, over their variance; None where there were too few pairs."""
+    after: float | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

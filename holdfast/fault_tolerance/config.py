@@ -63,6 +63,13 @@ class StageConfig:
     """ONCE however often it is rebuilt, COMPOUNDING each time, DECAYING to 1 again."""
     rate_decay_steps: int = 100
     """Steps that DECAYING takes."""
+    heal_steps: int = 0
+    """Local updates by which a rebuilt stage is fitted, before it rejoins, to what the lost one answered lately: its
+    neighbours log what they exchange with it anyway. 0 logs nothing."""
+    heal_lr: float = 1e-3
+    """Adam's learning rate at the first of these updates; it falls to 0."""
+    log_mb: float = 64.0
+    """Memory that each rank may use for either of its two logs, 10^6 bytes."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from holdfast.events import Evaluated, Event, EventSink, SnapshotFailed, StageRebuilt, StepLeftOut
+from holdfast.events import Evaluated, Event, EventSink, SnapshotFailed, StageHealed, StageRebuilt, StepLeftOut
 from holdfast.launch.calls import Calls
 from holdfast.launch.crew import worker_address
 from holdfast.launch.fleet import Completion
@@ -18,6 +18,7 @@ _DRAIN_S = 1.0
 _KINDS: Mapping[str, Callable[..., Event]] = {
     "evaluated": Evaluated,
     "snapshot_failed": SnapshotFailed,
+    "stage_healed": StageHealed,
     "stage_rebuilt": StageRebuilt,
     "step_left_out": StepLeftOut,
 }

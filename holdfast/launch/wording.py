@@ -243,6 +243,11 @@ def _rebuilt(event: e.StageRebuilt, at: str) -> Iterator[str]:
     )
 
 
+def _healed(event: e.StageHealed, at: str) -> Iterator[str]:
+    errors = "" if event.before is None else f", error {event.before:.3f} before and {event.after:.3f} after"
+    yield f"STAGE {at} stage {event.stage} fitted to {event.pairs} logged microbatches in {event.steps} updates{errors}"
+
+
 def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
     yield f"STOP  {at} {event.reason}"
 
@@ -263,6 +268,7 @@ _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.SnapshotCost: _snapshot_cost,
     e.ProtectionFailed: _unprotected,
     e.SnapshotFailed: _snapshot_failed,
+    e.StageHealed: _healed,
     e.StageRebuilt: _rebuilt,
     e.Generated: _generated,
     e.StopRequested: _stop,

@@ -39,6 +39,7 @@ from holdfast.parallel.comms import TorchCommunicator, broken_collective
 from holdfast.trainer.build import Job, RankRun
 from holdfast.trainer.loop import Ending, Restorer
 from holdfast.trainer.model import RESIDUAL_OUTPUTS
+from holdfast.trainer.stage_healing import Boundaries
 from holdfast.trainer.token_store import TokenStore
 from holdfast.types import Phase
 
@@ -73,6 +74,8 @@ class WorkerHost:
         """The version that the state was when the last epoch broke, if memory holds it."""
         self._injected: list[chaos.ChaosFault] = []
         self._ledger = Ledger(struck_folder(self._run_dir))
+        stage = self._config.recovery.stage
+        self._boundaries = Boundaries(int(stage.log_mb * 1e6)) if stage.heal_steps else None
 
     # -- calls from the driver ------------------------------------------------------------------------------------
 
@@ -196,14 +199,21 @@ class WorkerHost:
             max_bytes_per_s=snapshot.copy_mb_per_s * 1e6,
             fence_timeout_s=snapshot.fence_timeout_s,
         )
-        run = RankRun(self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._note)
+        run = RankRun(
+            self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._note, boundaries=self._boundaries
+        )
         laps.end("build")
         try:
             self._arena.reserve(required_bytes(run.view.capture()))
             laps.end("reserve")
             try:
                 source = self._source(plan, snapshots)
-                run.trainer.restore(source, plan.version, take_over=bool(plan.held or plan.repairs))
+                run.trainer.restore(
+                    source,
+                    plan.version,
+                    take_over=bool(plan.held or plan.repairs),
+                    mend=lambda: run.heal([StageRepair.from_json(repair) for repair in plan.repairs]),
+                )
             except SnapshotError as error:
                 if not plan.checkpoints and not plan.held:
                     raise

@@ -19,7 +19,7 @@ from torch import Tensor
 from holdfast.errors import InvariantViolation
 from holdfast.parallel.schedule import Kind, Schedule, Step
 
-__all__ = ["Executor", "Mail", "Part"]
+__all__ = ["Executor", "Mail", "Observer", "Part"]
 
 _SENDS_AHEAD = 16
 """Messages on their way, whose tensors are kept alive, before a process waits for the oldest."""
@@ -36,6 +36,19 @@ class Part(Protocol):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Of a stage that is last on some route: mean nats per target, an fp32 scalar. Targets int64 [B, T]."""
+        ...
+
+
+class Observer(Protocol):
+    """Sees the hidden states that this process exchanges with those of the stages before and behind its own. They
+    change once the call has returned: copy what is to stay."""
+
+    def sent(self, microbatch: int, hidden: Tensor) -> None:
+        """To the stage behind."""
+        ...
+
+    def received(self, microbatch: int, hidden: Tensor) -> None:
+        """From the stage before."""
         ...
 
 
@@ -91,7 +104,9 @@ class Executor:
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         device: torch.device,
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer
         self._parts, self._schedule, self._process, self._ranks = parts, schedule, process, tuple(ranks)
         self._steps = schedule.steps(process)
         self._shape, self._dtype, self._device = shape, dtype, device
@@ -150,12 +165,16 @@ class Executor:
         hidden = None
         if step.receive_from is not None:
             hidden = self._receive(step.receive_from, _tag(step), self._shape).requires_grad_()
+            if self._observer is not None and step.receive_from == self._process - 1:
+                self._observer.received(microbatch, hidden)
         out = part(part.embed(tokens) if hidden is None else hidden)
         if step.send_to is None:
             out = part.loss(out, targets)
             self._losses[microbatch] = out.detach()
         else:
             self._send(out.detach(), step.send_to, _tag(step))
+            if self._observer is not None and step.send_to == self._process + 1:
+                self._observer.sent(microbatch, out)
         self._flights[microbatch, step.action.stage] = _Flight(hidden, out)
 
     def _backward(self, step: Step, scale: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from holdfast.parallel.microbatches import Microbatch, sums_of
 from holdfast.parallel.optimizer_states import OptimizerStates
-from holdfast.parallel.pipeline import Executor, Mail, Part
+from holdfast.parallel.pipeline import Executor, Mail, Observer, Part
 from holdfast.parallel.schedule import Schedule
 from holdfast.parallel.sharding import ParamGroups
 from holdfast.parallel.slices import state_slices
@@ -98,7 +99,9 @@ class PipelineEngine:
         states: OptimizerStates,
         options: PipelineOptions,
         layouts: Sequence[Mapping[str, tuple[int, ...]]],
+        observer: Observer | None = None,
     ) -> None:
+        self._model = model
         self._place, self._options, self._states, self._layouts = place, options, states, layouts
         dtype = torch.bfloat16 if options.precision is Precision.BF16 else torch.float32
         device = next(model.parameters()).device
@@ -128,6 +131,7 @@ class PipelineEngine:
             shape=options.shape,
             dtype=dtype,
             device=device,
+            observer=observer,
         )
         self._scale = 1.0 / (schedule.layout.microbatches * place.replicas)
         self._flats = [group.flat() for group in self._groups]
@@ -243,6 +247,13 @@ class PipelineEngine:
         for group in self._groups:
             group.spread(self._mail)
 
+    @contextmanager
+    def as_modules(self) -> Iterator[tuple[nn.Module, Mail, Place]]:
+        """The module whose weights train, to be written to inside the block, and how to reach the other processes."""
+        yield self._model, self._mail, self._place
+        for group in self._groups:
+            group.follow_weights()
+
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
         """Whole fp32 master weights by name, on the CPU of rank 0; empty elsewhere."""
@@ -271,6 +282,7 @@ class PipelineEngine:
     def close(self) -> None:
         """Free every tensor. Not collective: the peers may be gone."""
         self._slices, self._flats, self._groups = (), [], []
+        self._model = None  # type: ignore[assignment]  # closed for good
         self._executor = None  # type: ignore[assignment]  # closed for good
         self._optimizer = None  # type: ignore[assignment]
 

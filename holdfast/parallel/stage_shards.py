@@ -80,6 +80,12 @@ class FlatGroup:
         start = self._offsets[name]
         return flat[start : start + param.numel()].view(param.shape)
 
+    @torch.no_grad()
+    def follow_weights(self) -> None:
+        """The weights have been written to: make the masters say what they say."""
+        if self._has_copy:
+            self.master.copy_(self._part(self.weights, self._place))
+
     @property
     def names(self) -> list[str]:
         """Of its parameters, in the order in which they lie in the flat tensors."""

@@ -11,11 +11,13 @@ import torch
 
 from holdfast import failpoints
 from holdfast.fault_tolerance.config import RecoveryConfig, SnapshotConfig
+from holdfast.fault_tolerance.stage_policy import StageRepair
 from holdfast.optim.config import OptimConfig
 from holdfast.optim.schedules import learning_rate
 from holdfast.parallel.comms import TorchCommunicator
 from holdfast.parallel.config import ParallelConfig
 from holdfast.parallel.microbatches import Microbatch
+from holdfast.parallel.pipeline_engine import PipelineEngine
 from holdfast.parallel.pipeline_plan import replicas
 from holdfast.trainer import tokenizer
 from holdfast.trainer.config import DataConfig, ModelConfig, NonFinite, TrainerConfig
@@ -26,6 +28,7 @@ from holdfast.trainer.export import export_weights
 from holdfast.trainer.loop import Goal, Trainer
 from holdfast.trainer.model import Decoder, generate
 from holdfast.trainer.observers import Watcher
+from holdfast.trainer.stage_healing import Boundaries, heal_stages
 from holdfast.trainer.state import StateView, TrainState
 from holdfast.trainer.step import Communicator, Snapshots, StepParts
 from holdfast.types import Phase
@@ -94,9 +97,18 @@ class RankRun:
     """Collective. One rank in one epoch, with fresh weights: the trainer and what surrounds it."""
 
     def __init__(
-        self, job: Job, comm: Peers, snapshots: Snapshots, watcher: Watcher, *, epoch: int, note: Note
+        self,
+        job: Job,
+        comm: Peers,
+        snapshots: Snapshots,
+        watcher: Watcher,
+        *,
+        epoch: int,
+        note: Note,
+        boundaries: Boundaries | None = None,
     ) -> None:
         self._job, self._comm, self._watcher, self._note = job, comm, watcher, note
+        self._boundaries = boundaries
         options = job.options
         self._batches = Batches.open(
             job.store,
@@ -110,7 +122,9 @@ class RankRun:
         torch.manual_seed(options.seed + comm.rank)  # whatever else this process has drawn
         trainer, shares = options.trainer, replicas(options.parallel, comm.world)
         work = Work(trainer.micro_batch, trainer.global_batch // (trainer.micro_batch * shares), options.data.seq_len)
-        self._engine = build_engine(options, options.model, job.device, work, rank=comm.rank, world=comm.world)
+        self._engine = build_engine(
+            options, options.model, job.device, work, rank=comm.rank, world=comm.world, observer=boundaries
+        )
         self.view = StateView(TrainState(), self._engine, rank=comm.rank)
         steps = options.trainer.max_steps
         parts = StepParts(
@@ -151,6 +165,11 @@ class RankRun:
             return {**found, "not_exported": str(error)}
         return {**found, "weights": str(path)}
 
+    def heal(self, repairs: Sequence[StageRepair]) -> None:
+        """Collective. Fit stages that were made from others to what their neighbours have logged."""
+        if self._boundaries is not None and isinstance(self._engine, PipelineEngine):
+            heal_stages(self._engine, self._boundaries, repairs, self._job.options.recovery.stage, self._note)
+
     def close(self) -> None:
         """Free the engine; the next epoch builds a new one in this process."""
         self._engine.close()
@@ -161,6 +180,8 @@ class RankRun:
         return Goal(trainer.max_steps, trainer.eval_every, self._evaluate, trainer.max_nonfinite if may_skip else 0)
 
     def _training(self, step: int) -> Sequence[Microbatch]:
+        if self._boundaries is not None:
+            self._boundaries.step = step
         return [self._on_device(tokens, targets) for tokens, targets in self._batches.microbatches(step)]
 
     def _validation(self) -> Iterator[Microbatch]:

@@ -13,6 +13,7 @@ from holdfast.fault_tolerance.config import RecoveryConfig, StageConfig
 from holdfast.fault_tolerance.stage_policy import rate_factor
 from holdfast.optim.config import OptimConfig
 from holdfast.parallel.config import ParallelConfig
+from holdfast.parallel.pipeline import Observer
 from holdfast.parallel.pipeline_engine import PipelineEngine, PipelineOptions, Place
 from holdfast.parallel.pipeline_plan import plan_pipeline, replicas
 from holdfast.parallel.zero import ZeroEngine, ZeroOptions
@@ -43,11 +44,18 @@ class Work:
 
 
 def build_engine(
-    options: EngineOptions, config: ModelConfig, device: torch.device, work: Work, *, rank: int, world: int
+    options: EngineOptions,
+    config: ModelConfig,
+    device: torch.device,
+    work: Work,
+    *,
+    rank: int,
+    world: int,
+    observer: Observer | None = None,
 ) -> ZeroEngine | PipelineEngine:
-    """Collective. Freshly initialised."""
+    """Collective. Freshly initialised. ``observer`` is of a pipeline."""
     if options.parallel.pipeline > 1:
-        return _build_pipeline(options, config, device, work, rank=rank, world=world)
+        return _build_pipeline(options, config, device, work, rank=rank, world=world, observer=observer)
     model = Decoder(config)
     initialise(model, options.seed)
     model.to(device)
@@ -69,7 +77,14 @@ def build_engine(
 
 
 def _build_pipeline(
-    options: EngineOptions, config: ModelConfig, device: torch.device, work: Work, *, rank: int, world: int
+    options: EngineOptions,
+    config: ModelConfig,
+    device: torch.device,
+    work: Work,
+    *,
+    rank: int,
+    world: int,
+    observer: Observer | None,
 ) -> PipelineEngine:
     parallel = options.parallel
     if world == 1:  # a rehearsal
@@ -95,6 +110,7 @@ def _build_pipeline(
             rate_factor=_rate_factor(options.recovery.stage),
         ),
         layouts_of(config, plan.partition, layout),
+        observer,
     )
 
 

@@ -65,9 +65,12 @@ class Trainer:
         self._view, self._parts, self._batches, self._goal = view, parts, batches, goal
         self._pending = Pending()
 
-    def restore(self, source: Restorer, version: int, *, take_over: bool = False) -> None:
+    def restore(
+        self, source: Restorer, version: int, *, take_over: bool = False, mend: Callable[[], None] = lambda: None
+    ) -> None:
         """Collective. Put the state of ``version`` in place, or keep the fresh one (-1) as version 0. With
-        ``take_over`` it becomes a version of this rank's own, because those that it was read from will not stay."""
+        ``take_over`` it becomes a version of this rank's own, because those that it was read from will not stay;
+        ``mend``, collective, may change it before."""
         self._parts.watcher.enter(Phase.RESTORE, max(version, 0))
         failpoints.hit("recovery.before_restore", version)
         if version >= 0:
@@ -79,6 +82,7 @@ class Trainer:
         if take_over:
             # Others may still read what this rank lets go of now.
             vote([0.0, 0.0, 0.0], self._parts, self._pending, self._view.train.step)
+            mend()
             take(self._view, self._parts, self._pending)
         elif version < 0:
             # So that a fault in the very first step costs nothing. Every memory is empty.

@@ -57,6 +57,7 @@ def test_a_stage_that_is_lost_with_its_node_is_made_from_its_neighbours(
 ) -> None:
     fault = f"node_sigkill node={stage} step=8"
     config = _config(tmp_path, corpus, fault, repair=Repair.CHECKFREE_PLUS, swapped=True)
+    config.recovery.stage.heal_steps = 40
     result = train(config)
     assert (result.exit_code, result.step) == (0, _STEPS)
     (plan,) = _plans(result)
@@ -64,6 +65,9 @@ def test_a_stage_that_is_lost_with_its_node_is_made_from_its_neighbours(
     (rebuilt,) = events_of(result.run_dir, "stage_rebuilt")
     wanted = {0: ("copy_next", [1]), 2: ("checkfree", [1, 3]), 3: ("copy_previous", [2])}[stage]
     assert (rebuilt["stage"], (rebuilt["repair"], rebuilt["sources"])) == (stage, wanted)
+    healed = events_of(result.run_dir, "stage_healed")
+    assert [event["stage"] for event in healed] == ([stage] if stage == 2 else [])  # tokens and losses are not logged
+    assert all(event["pairs"] >= 8 and event["after"] < event["before"] for event in healed)
     losses = _losses(result)
     assert [losses[s] for s in range(1, plan["version"] + 1)] == [undisturbed[s] for s in range(1, plan["version"] + 1)]
     assert losses[_STEPS] != undisturbed[_STEPS]

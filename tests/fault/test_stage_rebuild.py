@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.configs.schema import RunConfig
+from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.fault_tolerance.policy import FRESH, NEIGHBOURS
 from holdfast.fault_tolerance.stage_policy import MomentRepair, RateMode, Repair
 from holdfast.launch.run import Result, train
@@ -73,6 +73,22 @@ def test_a_stage_that_is_lost_with_its_node_is_made_from_its_neighbours(
     assert losses[_STEPS] != undisturbed[_STEPS]
     assert losses[_STEPS] < undisturbed[8] + 0.3  # what was learned is not lost
     assert events_of(result.run_dir, "checkpoint_written")[-1]["step"] == _STEPS
+
+
+def test_on_ray_the_first_a_middle_and_the_last_stage_are_lost_in_turn(
+    tmp_path: Path, corpus: Path, undisturbed: dict[int, float]
+) -> None:
+    faults = [f"node_sigkill node={stage} step={step}" for stage, step in ((0, 3), (2, 7), (3, 11))]
+    config = _config(tmp_path, corpus, *faults, repair=Repair.CHECKFREE_PLUS, swapped=True)
+    config.launch.kind = LaunchKind.LOCAL
+    result = train(config)
+    assert (result.exit_code, result.step) == (0, _STEPS)
+    assert [event["stage"] for event in events_of(result.run_dir, "stage_rebuilt")] == [0, 2, 3]
+    assert {plan["source"] for plan in _plans(result)} == {NEIGHBOURS}
+    assert all(done["steps_lost"] <= 1 for done in events_of(result.run_dir, "recovery_done"))
+    survivor = (result.run_dir / "logs" / "rank00001.attempt1.log").read_text()
+    assert survivor.count(" begins at version ") == 4
+    assert _losses(result)[_STEPS] < undisturbed[8] + 0.3
 
 
 def test_neighbours_that_are_lost_together_are_not_averaged_and_the_reason_is_told(

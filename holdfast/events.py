@@ -28,6 +28,7 @@ __all__ = [
     "SnapshotFailed",
     "StageHealed",
     "StageRebuilt",
+    "StagesMeasured",
     "StepLeftOut",
     "StopRequested",
     "Waiting",
@@ -237,6 +238,14 @@ class StageHealed(Event):
     """Error on pairs held out, over their variance; None where there were too few pairs."""
     after: float | None
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagesMeasured(Event):
+    step: int
+    angular_distance: dict[str, float]
+    """By stage, between what goes in and what comes out, in half turns: a stage with a low one is easily replaced.
+    Source: arXiv 2403.17887, section 3.2."""
 
 
 @dataclass(frozen=True, slots=True)

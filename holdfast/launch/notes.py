@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from holdfast.events import Evaluated, Event, EventSink, SnapshotFailed, StageHealed, StageRebuilt, StepLeftOut
+from holdfast.events import (
+    Evaluated,
+    Event,
+    EventSink,
+    SnapshotFailed,
+    StageHealed,
+    StageRebuilt,
+    StagesMeasured,
+    StepLeftOut,
+)
 from holdfast.launch.calls import Calls
 from holdfast.launch.crew import worker_address
 from holdfast.launch.fleet import Completion
@@ -20,6 +29,7 @@ _KINDS: Mapping[str, Callable[..., Event]] = {
     "snapshot_failed": SnapshotFailed,
     "stage_healed": StageHealed,
     "stage_rebuilt": StageRebuilt,
+    "stages_measured": StagesMeasured,
     "step_left_out": StepLeftOut,
 }
 

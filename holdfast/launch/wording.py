@@ -248,6 +248,12 @@ def _healed(event: e.StageHealed, at: str) -> Iterator[str]:
     yield f"STAGE {at} stage {event.stage} fitted to {event.pairs} logged microbatches in {event.steps} updates{errors}"
 
 
+def _stages(event: e.StagesMeasured, at: str) -> Iterator[str]:
+    if event.angular_distance:
+        angles = ", ".join(f"{stage}: {angle:.3f}" for stage, angle in event.angular_distance.items())
+        yield f"STAGE {at} step {event.step:,}: angular distance of stages {angles}; a low one is easily replaced"
+
+
 def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
     yield f"STOP  {at} {event.reason}"
 
@@ -270,6 +276,7 @@ _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.SnapshotFailed: _snapshot_failed,
     e.StageHealed: _healed,
     e.StageRebuilt: _rebuilt,
+    e.StagesMeasured: _stages,
     e.Generated: _generated,
     e.StopRequested: _stop,
 }

@@ -200,8 +200,23 @@ class RankRun:
 
     def _measure(self, step: int) -> tuple[float, int]:
         """Collective. Bits per byte of held-out text, and in how many windows."""
+        self._measure_stages(step)
         bits = evaluate(self._engine, self._comm, self._validation(), step)
         return bits, self._job.options.trainer.eval_windows
+
+    def _measure_stages(self, step: int) -> None:
+        """Collective. How much each stage between the ends changes what passes it: little means that it can be missed,
+        or made from others."""
+        if self._boundaries is None or self._job.options.parallel.pipeline < 2:
+            return
+        own, stages = self._boundaries.redundancy(), self._job.options.parallel.pipeline
+        mine = [0.0] * (2 * stages)
+        if own is not None and self._comm.rank < stages:
+            mine[self._comm.rank], mine[stages + self._comm.rank] = own, 1.0
+        sums = self._comm.all_reduce_sum(mine)
+        if self._comm.rank == 0:
+            angles = {str(stage): sums[stage] for stage in range(stages) if sums[stages + stage]}
+            self._note({"event": "stages_measured", "step": step, "angular_distance": angles})
 
 
 def _sample(options: Options, weights: Mapping[str, torch.Tensor]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from holdfast.fault_tolerance.boundary_log import BoundaryLog, Pair, heal
+from holdfast.fault_tolerance.boundary_log import BoundaryLog, Pair, angular_distance, heal, pairs
 from holdfast.fault_tolerance.config import StageConfig
 from holdfast.fault_tolerance.stage_policy import StageRepair
 from holdfast.parallel.pipeline import Mail
@@ -36,6 +36,13 @@ class Boundaries:
 
     def received(self, microbatch: int, hidden: Tensor) -> None:
         self.from_previous.record(self.step, microbatch, hidden)
+
+    def redundancy(self) -> float | None:
+        """Mean angular distance of what the stage was given and what it answered, over the microbatches of the last
+        step that are logged; None for an end of the pipeline, or before the first step."""
+        found = pairs(self.from_previous, self.to_next)
+        last = [pair for pair in found if pair.key[0] == found[-1].key[0]]
+        return sum(angular_distance(pair.inputs, pair.outputs) for pair in last) / len(last) if last else None
 
 
 def heal_stages(

@@ -68,6 +68,9 @@ def test_a_stage_that_is_lost_with_its_node_is_made_from_its_neighbours(
     healed = events_of(result.run_dir, "stage_healed")
     assert [event["stage"] for event in healed] == ([stage] if stage == 2 else [])  # tokens and losses are not logged
     assert all(event["pairs"] >= 8 and event["after"] < event["before"] for event in healed)
+    (measured,) = events_of(result.run_dir, "stages_measured")
+    assert measured["angular_distance"].keys() == {"1", "2"}
+    assert all(0.0 < angle < 1.0 for angle in measured["angular_distance"].values())
     losses = _losses(result)
     assert [losses[s] for s in range(1, plan["version"] + 1)] == [undisturbed[s] for s in range(1, plan["version"] + 1)]
     assert losses[_STEPS] != undisturbed[_STEPS]

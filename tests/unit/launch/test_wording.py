@@ -125,6 +125,7 @@ def test_the_events_without_words_are_those_that_other_words_tell() -> None:
         e.ProtectionFailed(1, "no memory for parity"),
         e.SnapshotFailed(2, 7, "the disk is full"),
         e.StageHealed(2, 8, 50, 0.5, 0.25, "lower"),
+        e.StagesMeasured(7, {"1": 0.25}),
         e.StageRebuilt(2, 7, "checkfree", [1, 3], 0.25, 4096),
         e.StepLeftOut(7, "loss=nan at step 7 is not finite", 6),
         e.StopRequested("SIGINT received"),

@@ -332,7 +332,9 @@ def section(preset: str, options: argparse.Namespace) -> str:
     title = f"## {preset}: {parameter_count(model) / 1e6:.1f} M parameters, {options.microbatches} microbatches of "
     title += f"{options.micro_batch} x {options.seq_len} tokens, {options.rounds} rounds of {options.steps} steps"
     columns = ["schedule", "way", "step, ms: median (quartiles)", "/ torch", "CPU of both processes, ms", "/ torch"]
-    return "\n\n".join([title, table(columns, lines), table(["bar", "promised", "measured", ""], bars)])
+    text = "\n\n".join([title, table(columns, lines), table(["bar", "promised", "measured", ""], bars)])
+    print(text, end="\n\n", flush=True)
+    return text
 
 
 def main() -> None:

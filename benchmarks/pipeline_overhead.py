@@ -324,7 +324,7 @@ def bar(kind: str, found: Mapping[str, Samples]) -> list[str]:
 def section(preset: str, options: argparse.Namespace) -> str:
     model = compose_config([f"model={preset}"]).model
     lines, bars = list[list[str]](), list[list[str]]()
-    for kind in SCHEDULES:
+    for kind in options.schedules:
         print(f"{preset}, {kind}", flush=True)
         found = measure(Job(kind, model, options.micro_batch, options.seq_len, options.microbatches), options)
         lines += rows(kind, found)
@@ -340,6 +340,7 @@ def section(preset: str, options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["1m", "10m"], help="presets of holdfast/configs/model")
+    parser.add_argument("--schedules", nargs="*", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--rounds", type=int, default=15, help="turns of every way")
     parser.add_argument("--steps", type=int, default=5, help=f"timed steps per turn, behind {WARM_UP} that are not")
     parser.add_argument("--microbatches", type=int, default=8, help="per step")

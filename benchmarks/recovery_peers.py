@@ -8,6 +8,8 @@ step before the first kill; what a new spare costs while it warms up is in there
 
 - forked, Ray: ``holdfast train`` as the main job has it (ZeRO, a snapshot in every step), on forked processes or on
   Ray, with a warm spare or without. Node kill: keeper and worker of node 1 die at once; parity restores their memory.
+  Node frozen: both stop, which is a fault after ``recovery.suspect_after_s`` (10). Stage: a pipeline of 3 without
+  parity (its model has 3 blocks); the lost stage becomes the average of its neighbours, so the training is another.
 - torchrun: plain DDP, the state saved by ``torch.save`` and renamed after every step, ``--monitor-interval 0.1``, one
   node, whose rendezvous waits for nobody. ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``, because torch 2.13 keeps the store
   of the ranks over a restart and gloo then connects to the addresses of the dead, until the restarts are used up.
@@ -48,9 +50,10 @@ from holdfast.launch.inject_files import struck_folder
 from holdfast.trainer import corpus
 
 SPARE, COLD, RAY = "forked, warm spare", "forked, no spare", "Ray, warm spare"
-NODE = "forked, warm spare, node kill"
+NODE, FROZEN = "forked, warm spare, node kill", "forked, warm spare, node frozen"
+STAGE = "forked, warm spare, node kill, stage made from its neighbours"
 TORCHRUN, RAY_TRAIN = "torchrun", "Ray Train"
-_LIMITS_S = {SPARE: 3.0, RAY: 3.0, COLD: 12.0, NODE: 10.0}
+_LIMITS_S = {SPARE: 3.0, RAY: 3.0, COLD: 12.0, NODE: 10.0, FROZEN: 20.0, STAGE: 3.0}
 _TIMES_FASTER = 4.0
 _PEERS = Path(__file__).parent / "peers"
 _IN_A_ROW, _TOLERANCE = 3, 1.1
@@ -155,10 +158,12 @@ Way = Callable[[Setting, str], Trail]
 """Runs once, under this name."""
 
 
-def holdfast(setting: Setting, name: str, *, kind: str, spares: int, fault: str) -> Trail:
+def holdfast(
+    setting: Setting, name: str, *, kind: str, spares: int, fault: str, options: Sequence[str] = ("snapshot.parity=1",)
+) -> Trail:
     """``fault`` lacks its step."""
     faults = [f"{fault} step={step}" for step in setting.kills]
-    more = [f"launch.spares={spares}", "snapshot.parity=1", f"recovery.max_failures={setting.faults}"]
+    more = [f"launch.spares={spares}", *options, f"recovery.max_failures={setting.faults}"]
     attempt = drive(setting.root, name, [*setting.job(kind), *more, f"chaos.faults={json.dumps(faults)}"])
     (run_dir,) = setting.root.glob(f"*/{name}")
     kills = sorted(_struck(run_dir), key=lambda kill: kill.step)
@@ -225,11 +230,24 @@ def _task(setting: Setting, folder: Path) -> Task:
     )
 
 
+_STAGE_OPTIONS = (
+    "parallel.zero_stage=1",
+    f"parallel.pipeline={RANKS}",
+    f"model.n_layers={RANKS}",
+    f"parallel.blocks={[1] * RANKS}",
+    "snapshot.parity=0",
+    "recovery.stage.repair=CHECKFREE",
+)
 _RANK_DIES = f"sigkill rank={VICTIM} at=step.after_backward"
 WAYS: Mapping[str, tuple[str, Way]] = {
     "spare": (SPARE, partial(holdfast, kind="process", spares=1, fault=_RANK_DIES)),
     "cold": (COLD, partial(holdfast, kind="process", spares=0, fault=_RANK_DIES)),
     "node": (NODE, partial(holdfast, kind="process", spares=1, fault=f"node_sigkill node={VICTIM}")),
+    "frozen": (FROZEN, partial(holdfast, kind="process", spares=1, fault=f"node_sigstop node={VICTIM}")),
+    "stage": (
+        STAGE,
+        partial(holdfast, kind="process", spares=1, fault=f"node_sigkill node={VICTIM}", options=_STAGE_OPTIONS),
+    ),
     "ray": (RAY, partial(holdfast, kind="local", spares=1, fault=_RANK_DIES)),
     "torchrun": (TORCHRUN, torchrun),
     "ray-train": (RAY_TRAIN, ray_train),

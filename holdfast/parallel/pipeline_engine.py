@@ -105,21 +105,9 @@ class PipelineEngine:
         self._place, self._options, self._states, self._layouts = place, options, states, layouts
         dtype = torch.bfloat16 if options.precision is Precision.BF16 else torch.float32
         device = next(model.parameters()).device
-        names = {id(p): name for name, p in model.named_parameters()}
-        masters = [list(members) for members in group_members(groups, names)]
-        if dtype is not torch.float32:
-            model.to(dtype)
-        self._groups = [
-            FlatGroup(
-                number,
-                members,
-                replicas=place.peers,
-                place=place.replica,
-                block_size=options.block_size,
-                dtype=dtype,
-            )
-            for number, members in enumerate(masters)
-        ]
+        numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+        self._groups = _flat_groups(model, groups, place, options.block_size, dtype)
+        self._flats = [group.flat() for group in self._groups]
         flat_groups = [{**group, "params": [own.master]} for group, own in zip(groups, self._groups, strict=True)]
         self._optimizer = make_optimizer(flat_groups)
         self._mail = Mail()
@@ -134,10 +122,8 @@ class PipelineEngine:
             observer=observer,
         )
         self._scale = 1.0 / (schedule.layout.microbatches * place.replicas)
-        self._flats = [group.flat() for group in self._groups]
-        numbers = {name: number for number, name in enumerate(names.values())}
         parts_of = {f.master: [(p.at, p.at + p.stop - p.start, numbers[p.name]) for p in f.pieces] for f in self._flats}
-        states.set_segments(self._optimizer, parts_of, len(names), self._total)
+        states.set_segments(self._optimizer, parts_of, len(numbers), self._total)
         states.ensure_state(self._optimizer)
         self._slices = tuple(self._make_slices())
         self._shared = _shared(layouts, place.process)
@@ -295,6 +281,20 @@ class PipelineEngine:
         peers, place = self._place.peers, self._place.replica
         vector.copy_(exchange_sum(self._mail, vector, peers, place, _always(vector), _SHARED_TAG - 1))
         return vector
+
+
+def _flat_groups(
+    model: nn.Module, groups: ParamGroups, place: Place, block_size: int, dtype: torch.dtype
+) -> list[FlatGroup]:
+    """The model's weights become views of these, in ``dtype``."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    masters = list(group_members(groups, names))
+    if dtype is not torch.float32:
+        model.to(dtype)
+    return [
+        FlatGroup(number, members, replicas=place.peers, place=place.replica, block_size=block_size, dtype=dtype)
+        for number, members in enumerate(masters)
+    ]
 
 
 def _always(tensor: Tensor) -> Callable[[int], Tensor]:

@@ -15,7 +15,8 @@ from holdfast.errors import ConfigurationError
 __all__ = ["AdaptedLinear", "Part", "Shown", "Source", "features", "is_linear", "is_transposed"]
 
 Shown = tuple[int, int] | Mapping[int, float] | None
-"""Tasks first to last - 1; or tasks by number, each with a weight, where the method acts apart; or what it does itself."""
+"""Tasks first to last - 1; or tasks by number, each with a weight, where the method acts apart; or what it does
+itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,8 +58,8 @@ class Method(ABC):
     needs_inputs: ClassVar[bool] = False
     """True: the inputs of the layer are collected before a task begins and again before it ends."""
     acts_apart: ClassVar[bool] = False
-    """True: every task's ``delta`` is computed by itself and added, oldest first, so that any choice of tasks can act, each
-    with a weight. False: the tasks in use are one bank."""
+    """True: every task's ``delta`` is computed by itself and added, oldest first, so that any choice of tasks can act,
+    each with a weight. False: the tasks in use are one bank."""
     merge_refusal: ClassVar[str] = ""
     """Why the update cannot be added to the base weight; empty if it can."""
 

@@ -69,8 +69,8 @@ def use_tasks(
     only: str | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> None:
-    """Show the ``first`` tasks (0: the bare base), or ``only`` one, or those that have ``weights``, each times its own, or
-    without any of the three what the method does by itself.
+    """Show the ``first`` tasks (0: the bare base), or ``only`` one, or those that have ``weights``, each times its own,
+    or without any of the three what the method does by itself.
 
     A prefix computes bit by bit what the model computed when those were all its tasks.
 
@@ -133,7 +133,9 @@ def _span(adapters: Adapters, first: int | None, only: str | None) -> tuple[int,
 def _weighted(adapters: Adapters, weights: Mapping[str, float]) -> dict[int, float]:
     names = [*adapters.tasks, *([adapters.current] if adapters.current else [])]
     problems = [f"there is no task {name!r}; there are {names}" for name in weights if name not in names]
-    problems += [f"the weight {w} of task {name!r} is not finite" for name, w in weights.items() if not math.isfinite(w)]
+    problems += [
+        f"the weight {w} of task {name!r} is not finite" for name, w in weights.items() if not math.isfinite(w)
+    ]
     if not adapters.method.acts_apart:
         problems.append(f"{adapters.method.name} computes its tasks together, so that none has a weight of its own")
     if problems:

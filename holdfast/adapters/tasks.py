@@ -14,7 +14,7 @@ from holdfast.adapters.adapted import Adapters, adapters_of
 from holdfast.adapters.layer import Shown
 from holdfast.errors import ConfigurationError
 
-__all__ = ["abandon_task", "finish_task", "penalty", "start_task", "use_tasks", "using_tasks"]
+__all__ = ["abandon_task", "finish_task", "penalty", "seed_of", "start_task", "use_tasks", "using_tasks"]
 
 
 def start_task(model: nn.Module, name: str, *, seed: int = 0) -> None:
@@ -158,6 +158,10 @@ def _need_inputs(adapters: Adapters, when: str) -> None:
         )
 
 
+def seed_of(key: str) -> int:
+    """For a generator: a function of these letters only."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+
+
 def _generator(key: str) -> torch.Generator:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.Generator().manual_seed(seed_of(key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from holdfast.adapters.adapted import adapters_of, trainable_parameters
 from holdfast.adapters.methods.brainstacks.projection import protect
 from holdfast.adapters.methods.brainstacks.stacks import Stack, stack_digest, task_name
-from holdfast.adapters.tasks import abandon_task, finish_task, penalty, start_task, use_tasks, using_tasks
+from holdfast.adapters.tasks import abandon_task, finish_task, penalty, seed_of, start_task, use_tasks, using_tasks
 from holdfast.errors import ConfigurationError
 
 __all__ = ["BoostPlan", "Domain", "boost", "validate"]
+
+_log = logging.getLogger(__name__)
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -89,7 +92,8 @@ def boost(
 
     Every round is trained by the same loss on a zero-effect stack over ``after``, all finished tasks by default, and
     over the domain's own earlier rounds; nothing is reweighted. Its best validation snapshot is frozen, which a spike
-    afterwards does not touch; a round that never beats what was there is dropped. ``bases``: what to protect, by layer.
+    afterwards does not touch; a round that never beats what was there is dropped. What is random depends on ``seed``,
+    the domain and the round only. ``bases``: what to protect, by layer.
 
     Raises: ConfigurationError as ``start_task``. If anything raises, the finished rounds stay and the current one goes.
     Source: arXiv 2604.01152.
@@ -103,10 +107,13 @@ def boost(
             protect(model, bases or {})
             use_tasks(model, weights=dict.fromkeys([*lineage, task], 1.0))
             started = time.perf_counter()
-            outcome = _Round(model, domain, plan, optimizers or plan_optimizer(plan)).run(number)
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
+                torch.manual_seed(seed_of(f"{seed}/{task}"))
+                outcome = _Round(model, domain, plan, optimizers or plan_optimizer(plan)).run(number)
         except BaseException:
             abandon_task(model)
             raise
+        _log.info("%s: %.4f to %.4f in %d steps; %s", task, outcome.before, outcome.best, outcome.steps, outcome.ended)
         if not outcome.best < outcome.before:
             abandon_task(model)
             break

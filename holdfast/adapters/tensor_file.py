@@ -6,6 +6,7 @@ https://huggingface.co/docs/safetensors, "Format".
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -67,9 +68,12 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            prefix = file.read(_LENGTH_BYTES)
+            length = int.from_bytes(prefix, "little")
             room = path.stat().st_size - _LENGTH_BYTES
             header = file.read(length) if length <= room else b""
+        self.header_digest = hashlib.sha256(prefix + header).hexdigest()
+        """Of all bytes that are no tensor's."""
         self._start = _LENGTH_BYTES + length
         try:
             self._entries: dict[str, Any] = json.loads(header.decode())

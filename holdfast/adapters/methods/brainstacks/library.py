@@ -1,7 +1,8 @@
 """Stacks on disk: a directory of each, with adapters of one task that can be loaded alone, and ``manifest.json``.
 
 The manifest is written last and says by (domain, round) which directory counts, so that a crash leaves the old stack or
-the new one. It holds a digest of each layer's tensors in each stack: what is read by the piece is checked by the piece.
+the new one. It holds digests of each stack's header and of its tensors in each layer: what is read by the piece is
+checked by the piece.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from holdfast.adapters.methods.brainstacks.stacks import Stack, stack_digest, ta
 from holdfast.adapters.registry import describe_method
 from holdfast.adapters.signed_json import read_signed, signed
 from holdfast.adapters.store import Sidecar, read_sidecar, save_adapters
-from holdfast.adapters.tensor_file import raw_bytes, write_whole
+from holdfast.adapters.tensor_file import TensorFile, raw_bytes, write_whole
 from holdfast.errors import ConfigurationError, ManifestMismatch
 
 __all__ = ["FORMAT_VERSION", "Manifest", "Page", "Record", "add_stack", "page_digest", "read_manifest", "remove_stack"]
@@ -49,6 +50,8 @@ class Record:
     """In the library's."""
     file_digest: str
     """sha256 of its tensor file."""
+    header_digest: str
+    """sha256 of what comes before the tensors in it."""
     pages: Mapping[str, Page]
     """By layer."""
 
@@ -103,7 +106,9 @@ def add_stack(directory: Path, model: nn.Module, stack: Stack) -> Record:
     save_adapters(model, directory / name, only=stack.task)
     number = adapters.tasks.index(stack.task)
     pages = {name: _page(layer.task_rows(number)) for name, layer in adapters.layers.items()}
-    record = Record(stack, name, read_sidecar(directory / name).digest, pages)
+    sidecar = read_sidecar(directory / name)
+    header = TensorFile(directory / name / sidecar.tensors).header_digest
+    record = Record(stack, name, sidecar.digest, header, pages)
     tasks = [old.stack.task for old in manifest.records]
     records = list(manifest.records)
     at = tasks.index(stack.task) if stack.task in tasks else len(tasks)
@@ -159,7 +164,7 @@ def _kind(model: nn.Module) -> dict[str, Any]:
 
 def _record(entry: Mapping[str, Any]) -> Record:
     pages = {name: Page(**page) for name, page in entry["pages"].items()}
-    return Record(Stack(**entry["stack"]), entry["directory"], entry["file_digest"], pages)
+    return Record(Stack(**entry["stack"]), entry["directory"], entry["file_digest"], entry["header_digest"], pages)
 
 
 def _write(directory: Path, old: Manifest, records: Sequence[Record]) -> None:

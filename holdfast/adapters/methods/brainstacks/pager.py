@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.adapters.layer import AdaptedLinear
 from holdfast.adapters.method import Tensors
-from holdfast.adapters.methods.brainstacks.library import Manifest, page_digest, read_manifest
+from holdfast.adapters.methods.brainstacks.library import Manifest, Record, page_digest, read_manifest
 from holdfast.adapters.store import fit_adapters
 from holdfast.adapters.tensor_file import TensorFile
 from holdfast.errors import ConfigurationError, ManifestMismatch
@@ -173,16 +173,21 @@ class Pager:
         record, prefix = self._records[domain, number], f"{layer}.0."
         where = self._directory / record.directory
         try:
-            if (domain, number) not in self._files:
-                sidecar = self.manifest.sidecar(self._directory, record)
-                self._files[domain, number] = TensorFile(where / sidecar.tensors)
-            file = self._files[domain, number]
+            file = self._files.get((domain, number)) or self._open(record)
             tensors = {name.removeprefix(prefix): rows for name, rows in file.read(file.names(prefix)).items()}
         except FileNotFoundError as error:
             raise ManifestMismatch(f"{where} lost its tensors: {error}") from error
         if page_digest(tensors) != record.pages[layer].digest:
             raise ManifestMismatch(f"layer {layer} of stack {record.stack.task!r} in {where} is damaged")
         return tensors
+
+    def _open(self, record: Record) -> TensorFile:
+        where = self._directory / record.directory
+        file = TensorFile(where / self.manifest.sidecar(self._directory, record).tensors)
+        if file.header_digest != record.header_digest:
+            raise ManifestMismatch(f"the header of stack {record.stack.task!r} in {where} is damaged")
+        self._files[record.stack.domain, record.stack.round] = file
+        return file
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_number_of_stacks(
         return tensors
 
     monkeypatch.setattr(TensorFile, "read", noting)
-    peaks = []
+    bounds = []
     for count in (3, 12):
         at = tmp_path / str(count)
         _library(at, tuple(f"d{n}" for n in range(count)))
@@ -163,9 +163,9 @@ def test_memory_does_not_grow_with_the_number_of_stacks(
                 model(x)
             assert footprint(model).stored == 0
         del model
-        assert 0 < most[0] <= budget + _largest_page(at)  # and the page in use
-        peaks.append(most[0])
-    assert peaks[0] == peaks[1]
+        bounds.append(budget + _largest_page(at))  # and the page in use
+        assert 0 < most[0] <= bounds[-1]
+    assert bounds[0] == bounds[1] < 12 * _largest_page(at) / 3
 
 
 def test_a_new_domain_trains_on_paged_stacks_as_on_resident_ones(tmp_path: Path, x: Tensor) -> None:

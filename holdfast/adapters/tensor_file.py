@@ -20,7 +20,7 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError, ManifestMismatch
 
-__all__ = ["TensorFile", "decode", "encode", "raw_bytes", "write_whole"]
+__all__ = ["TensorFile", "decode", "encode", "raw_bytes", "tensors_digest", "write_whole"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -105,6 +105,15 @@ def raw_bytes(tensor: Tensor) -> bytearray:
     if data:
         torch.frombuffer(data, dtype=tensor.dtype).copy_(tensor.detach().flatten())
     return data
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the names' order: one changed bit changes it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, data: bytes | bytearray) -> None:

@@ -184,6 +184,34 @@ def test_noise_is_of_standard_deviation_ln_2_at_the_start_and_only_in_the_traini
     assert torch.equal(quiet(x), quiet(x)) and "noise" not in quiet[0].current
 
 
+def test_frozen_stacks_drop_nothing_and_the_current_one_does() -> None:
+    model = _stacked(Brainstacks(rank=2, dropout=0.5, is_noisy=False), frozen=2)
+    x = torch.randn(9, _D, dtype=torch.float64)
+    with using_tasks(model, first=2):
+        assert torch.equal(model.train()(x), model.eval()(x))
+    assert not torch.equal(model.train()(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stacks_are_trained_and_frozen_as_they_are(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10)).to(dtype)
+    inject(model, Brainstacks(rank=2))
+    start_task(model, "new")
+    protect(model, {"0": torch.eye(10)[:2]})
+    x = torch.randn(20, 12).to(dtype)
+    for _ in range(2):
+        (model.train()(x).float().square().mean() + penalty(model)).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable_parameters(model))
+        with torch.no_grad():
+            for parameter in trainable_parameters(model):
+                parameter.add_(0.1)
+    trained = model.eval()(x)
+    finish_task(model)
+    assert torch.equal(model(x), trained) and trained.dtype == model[0].sealed_up.dtype == dtype
+    assert float(model[0].sealed_up[:, :2].abs().max()) == 0 < float(model[0].sealed_up.abs().max())
+
+
 # -- load balance -----------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +425,8 @@ def test_directions_that_leave_nothing_are_refused_and_so_is_protection_without_
     x = torch.randn(40, _D, dtype=torch.float64)
     with pytest.raises(ConfigurationError, match="leave nothing of 0, 2 to learn in"):
         protected_directions(model, {"a": lambda: model(x)}, count=5)
+    with pytest.raises(ConfigurationError, match="bases of 2, 9 do not fit"):
+        protect(model, {"0": torch.eye(_O)[:1], "2": torch.eye(_O)[:1], "9": torch.eye(_O)[:1]})
     finish_task(model)
     with pytest.raises(ConfigurationError, match="start one, then protect"):
         protect(model, {})

@@ -24,6 +24,7 @@ from holdfast.adapters.methods.brainstacks import (
     choose,
     exhaustive,
     greedy,
+    oracle,
     outcome_loss,
     prefix,
     regret,
@@ -270,7 +271,8 @@ def test_the_oracle_subset_is_never_worse_than_base_prefix_or_all() -> None:
     progress = Curriculum(plan=PLAN, directions=1).learn(model, domains)
     for one in domains:
         loss = outcome_loss(model, progress.stacks, lambda one=one: validate(model, one))
-        oracle = exhaustive(loss, ["sums", "turns"])
+        best = exhaustive(loss, ["sums", "turns"])
         others = [{}, {"sums": 1.0}, {"turns": 1.0}, {"sums": 1.0, "turns": 1.0}]
-        assert oracle.loss == min(validate(model, one, routed(progress.stacks, choice)) for choice in others)
-        assert oracle.loss <= validate(model, one, prefix(progress.stacks, one.name))
+        assert best.loss == min(validate(model, one, routed(progress.stacks, choice)) for choice in others)
+        assert best.loss <= validate(model, one, prefix(progress.stacks, one.name))
+        assert validate(model, one, oracle(progress.stacks, loss)) == best.loss

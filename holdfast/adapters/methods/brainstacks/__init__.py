@@ -30,7 +30,15 @@ from holdfast.adapters.methods.brainstacks.router import (
     router_loss,
     train_router,
 )
-from holdfast.adapters.methods.brainstacks.search import Found, exhaustive, greedy, outcome_loss, regret, targets
+from holdfast.adapters.methods.brainstacks.search import (
+    Found,
+    exhaustive,
+    greedy,
+    oracle,
+    outcome_loss,
+    regret,
+    targets,
+)
 from holdfast.adapters.methods.brainstacks.stacks import (
     Stack,
     check_frozen,
@@ -65,6 +73,7 @@ __all__ = [
     "exhaustive",
     "forgetting",
     "greedy",
+    "oracle",
     "outcome_loss",
     "own_only",
     "page_stacks",

@@ -7,14 +7,13 @@ checked by the piece.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from holdfast.adapters.adapted import adapters_of
 from holdfast.adapters.fingerprint import base_fingerprint
@@ -23,10 +22,10 @@ from holdfast.adapters.methods.brainstacks.stacks import Stack, stack_digest, ta
 from holdfast.adapters.registry import describe_method
 from holdfast.adapters.signed_json import read_signed, signed
 from holdfast.adapters.store import Sidecar, read_sidecar, save_adapters
-from holdfast.adapters.tensor_file import TensorFile, raw_bytes, write_whole
+from holdfast.adapters.tensor_file import TensorFile, tensors_digest, write_whole
 from holdfast.errors import ConfigurationError, ManifestMismatch
 
-__all__ = ["FORMAT_VERSION", "Manifest", "Page", "Record", "add_stack", "page_digest", "read_manifest", "remove_stack"]
+__all__ = ["FORMAT_VERSION", "Manifest", "Page", "Record", "add_stack", "read_manifest", "remove_stack"]
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
@@ -38,7 +37,7 @@ class Page:
 
     size_bytes: int
     digest: str
-    """sha256, see :func:`page_digest`."""
+    """Of the tensors by their names, see :func:`holdfast.adapters.tensor_file.tensors_digest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +138,8 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest(about["kind"], [_record(entry) for entry in about["records"]])
 
 
-def page_digest(tensors: Tensors) -> str:
-    """sha256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, rows in sorted(tensors.items()):
-        digest.update(f"{name} {rows.dtype} {list(rows.shape)}\n".encode())
-        digest.update(raw_bytes(rows))
-    return digest.hexdigest()
-
-
-def _page(tensors: Mapping[str, Tensor]) -> Page:
-    return Page(sum(rows.nbytes for rows in tensors.values()), page_digest(tensors))
+def _page(tensors: Tensors) -> Page:
+    return Page(sum(rows.nbytes for rows in tensors.values()), tensors_digest(tensors))
 
 
 def _kind(model: nn.Module) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from holdfast.adapters.layer import AdaptedLinear
 from holdfast.adapters.method import Tensors
-from holdfast.adapters.methods.brainstacks.library import Manifest, Record, page_digest, read_manifest
+from holdfast.adapters.methods.brainstacks.library import Manifest, Record, read_manifest
 from holdfast.adapters.store import fit_adapters
-from holdfast.adapters.tensor_file import TensorFile
+from holdfast.adapters.tensor_file import TensorFile, tensors_digest
 from holdfast.errors import ConfigurationError, ManifestMismatch
 
 __all__ = ["Pager", "PagerStats", "page_stacks"]
@@ -177,7 +177,7 @@ class Pager:
             tensors = {name.removeprefix(prefix): rows for name, rows in file.read(file.names(prefix)).items()}
         except FileNotFoundError as error:
             raise ManifestMismatch(f"{where} lost its tensors: {error}") from error
-        if page_digest(tensors) != record.pages[layer].digest:
+        if tensors_digest(tensors) != record.pages[layer].digest:
             raise ManifestMismatch(f"layer {layer} of stack {record.stack.task!r} in {where} is damaged")
         return tensors
 

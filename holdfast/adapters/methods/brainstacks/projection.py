@@ -94,11 +94,17 @@ def protected_directions(
 def protect(model: nn.Module, bases: Mapping[str, Tensor]) -> None:
     """Keep the current task's stack out of these directions, [M, D or O] by layer, from its first step on.
 
-    Raises: ConfigurationError without a current task.
+    Raises: ConfigurationError without a current task, and for bases that do not fit the layers.
     """
     adapters = adapters_of(model)
     if adapters.current is None:
         raise ConfigurationError("no task is being trained; start one, then protect the earlier ones from it")
+    widths = {name: layer.current["basis"].shape[1] for name, layer in adapters.layers.items()}
+    if wrong := [name for name, basis in bases.items() if widths.get(name) != basis.shape[1]]:
+        raise ConfigurationError(
+            f"the bases of {', '.join(wrong[:3])} do not fit: layers' widths are {widths}; collect them on the side "
+            "that the method protects"
+        )
     for name, basis in bases.items():
         layer = adapters.layers[name]
         layer.current["basis"] = nn.Parameter(basis.to(layer.weight.device), requires_grad=False)

@@ -13,11 +13,11 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from holdfast.adapters.methods.brainstacks.stacks import Stack, routed
+from holdfast.adapters.methods.brainstacks.stacks import Stack, domains_of, routed
 from holdfast.adapters.tasks import using_tasks
 from holdfast.errors import ConfigurationError
 
-__all__ = ["Found", "Loss", "exhaustive", "greedy", "outcome_loss", "regret", "targets"]
+__all__ = ["Found", "Loss", "exhaustive", "greedy", "oracle", "outcome_loss", "regret", "targets"]
 
 Loss = Callable[[Mapping[str, float]], float]
 
@@ -60,6 +60,12 @@ def exhaustive(loss: Loss, domains: Sequence[str]) -> Found:
     losses = {choice: loss(dict.fromkeys(choice, 1.0)) for choice in choices}
     best = min(choices, key=losses.__getitem__)
     return Found(best, losses[best], losses)
+
+
+def oracle(stacks: Sequence[Stack], loss: Loss) -> dict[str, float]:
+    """The mode that somebody would choose who knew the outcome of every choice of domains."""
+    found = exhaustive(loss, domains_of(stacks))
+    return routed(stacks, dict.fromkeys(found.domains, 1.0))
 
 
 def regret(loss: Loss, weights: Mapping[str, float], domains: Sequence[str]) -> float:

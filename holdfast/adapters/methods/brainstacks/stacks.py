@@ -6,7 +6,6 @@ for every stack that acts, by task name, for ``use_tasks(model, weights=...)``; 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from holdfast.adapters.adapted import adapters_of
-from holdfast.adapters.tensor_file import raw_bytes
+from holdfast.adapters.tensor_file import tensors_digest
 from holdfast.errors import ConfigurationError, InvariantViolation
 
 __all__ = [
@@ -115,15 +114,11 @@ def routed(stacks: Iterable[Stack], weights: Mapping[str, float]) -> dict[str, f
 
 
 def stack_digest(model: nn.Module, task: str) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of a finished task's tensors in all layers."""
+    """sha256 over a finished task's tensors in all layers."""
     adapters = adapters_of(model)
     number = adapters.tasks.index(task)
-    digest = hashlib.sha256()
-    for name, layer in adapters.layers.items():
-        for key, rows in sorted(layer.task_rows(number).items()):
-            digest.update(f"{name}.{key} {rows.dtype} {list(rows.shape)}\n".encode())
-            digest.update(raw_bytes(rows))
-    return digest.hexdigest()
+    rows = {name: layer.task_rows(number) for name, layer in adapters.layers.items()}
+    return tensors_digest({f"{name}.{key}": t for name, tensors in rows.items() for key, t in tensors.items()})
 
 
 def check_frozen(model: nn.Module, stacks: Iterable[Stack]) -> None:

@@ -364,6 +364,14 @@ def test_top_directions_are_singular_vectors_exact_or_randomised(rows: int, widt
     )
 
 
+def test_randomised_directions_hold_what_the_best_ones_hold_of_a_slow_spectrum() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(300, 120, dtype=torch.float64) * torch.arange(1, 121, dtype=torch.float64) ** -0.4
+    found = top_directions(rows, 10)
+    best = torch.linalg.svdvals(rows)[:10].square().sum()
+    assert 0.98 * best < (rows @ found.T).square().sum() <= best * (1 + 1e-9)
+
+
 def test_many_rows_are_not_decomposed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = list[tuple[int, ...]]()
     svd = torch.linalg.svd
@@ -403,6 +411,8 @@ def test_no_projector_of_the_outputs_width_is_ever_formed() -> None:
 def test_protected_directions_are_what_the_frozen_stacks_add_on_each_domains_own_data() -> None:
     model = _stacked(Brainstacks(rank=2), frozen=2, d=9, o=8)
     layer: AdaptedLinear = model[0]
+    for current in (model[0], model[2]):
+        current.count_untrained()  # would act, if it were shown
     data = {"a": torch.randn(3, 6, 9, dtype=torch.float64), "b": torch.randn(3, 6, 9, dtype=torch.float64) + 2}
     model.train()
     found = protected_directions(model, {name: lambda x=x: model(x) for name, x in data.items()}, count=2)

@@ -281,6 +281,33 @@ def test_damage_after_opening_is_found_at_the_page_even_when_it_was_read_ahead(t
         assert pager.held_bytes <= 2 * _largest_page(tmp_path)
 
 
+def test_a_page_that_was_read_ahead_in_vain_and_damaged_costs_nothing(tmp_path: Path, x: Tensor) -> None:
+    _, stacks = _library(tmp_path)
+    model = layered().eval()
+    budget = 2 * _largest_page(tmp_path)
+    with page_stacks(model, tmp_path, budget_bytes=budget) as pager:
+        record = read_manifest(tmp_path).records[1]
+        (path,) = (tmp_path / record.directory).glob("*.safetensors")
+        whole = path.read_bytes()
+        for _ in range(8):
+            path.write_bytes(whole)
+            model(x)  # b follows a
+            path.write_bytes(whole[:-600] + bytes(600))
+            with using_tasks(model, weights=routed(stacks, {"a": 1.0, "c": 1.0})):
+                model(x)
+        assert pager.stats.peak_bytes <= budget
+
+
+def test_the_page_that_was_not_used_for_longest_leaves_first(tmp_path: Path) -> None:
+    _library(tmp_path)
+    manifest = read_manifest(tmp_path)
+    layer, page = max(manifest.records[0].pages.items(), key=lambda item: item[1].size_bytes)
+    with Pager(tmp_path, manifest, budget_bytes=3 * page.size_bytes) as pager:
+        for domain in "abacda":
+            pager.page(domain, 1, layer)
+        assert (pager.stats.misses, pager.stats.hits, pager.stats.evictions) == (4, 2, 1)
+
+
 def test_stacks_of_another_library_base_or_kind_are_refused(tmp_path: Path, x: Tensor) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     _library(one)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from holdfast.adapters import (
-    adapters_of,
     base_fingerprint,
     eject,
     finish_task,
@@ -54,7 +53,7 @@ def _random_stacks(model: nn.Module, domains: tuple[str, ...] = _DOMAINS, seed: 
     torch.manual_seed(seed)
     stacks = []
     for name in domains:
-        after = tuple(adapters_of(model).tasks)
+        after = {stack.task: stack.digest for stack in stacks}
         start_task(model, f"{name}/1", seed=seed)
         with torch.no_grad():
             for parameter in trainable_parameters(model):
@@ -221,6 +220,8 @@ def test_stacks_come_go_and_are_replaced_and_the_base_is_always_the_same(tmp_pat
     (new,) = _random_stacks(other, ("c",), seed=9)
     add_stack(tmp_path, other, new)  # in the place of the old one
     assert look() == ["a/1", "c/1", "d/1"]
+    with pytest.raises(ConfigurationError, match=r"'d/1' was trained on \['b/1', 'c/1'\], .* removed or replaced"):
+        prefix(read_manifest(tmp_path).stacks, "d")
     assert [s.digest for s in read_manifest(tmp_path).stacks] == [stacks[0].digest, new.digest, stacks[3].digest]
     assert len([at for at in tmp_path.iterdir() if at.is_dir()]) == 3
     with page_stacks(model, tmp_path, budget_bytes=10**6), using_tasks(model, weights={"c/1": 1.0}):

@@ -67,7 +67,7 @@ def test_every_prefix_replays_its_loss_and_frozen_stacks_and_base_keep_their_bit
         progress = _learn(model, library=tmp_path)
     stacks = progress.stacks
     assert [s.task for s in stacks] == [f"{d.name}/{r}" for d in _DOMAINS for r in (1, 2)] == adapters_of(model).tasks
-    assert [list(s.after) for s in stacks] == [adapters_of(model).tasks[:n] for n in range(6)]
+    assert [list(s.after.items()) for s in stacks] == [[(s.task, s.digest) for s in stacks[:n]] for n in range(6)]
     for at, stack in enumerate(stacks):
         assert stack.loss < stack.before and stack.steps == PLAN.steps and stack.seconds > 0
         assert validate(model, _DOMAINS[at // 2], replay(stacks, stack)) == stack.loss  # to the bit
@@ -87,7 +87,7 @@ def test_every_prefix_replays_its_loss_and_frozen_stacks_and_base_keep_their_bit
         "turns": rows[2]["turns"] - rows[1]["turns"],
         "bends": 0.0,
     }
-    assert read_manifest(tmp_path).stacks == [dataclasses.replace(s, after=list(s.after)) for s in stacks]
+    assert read_manifest(tmp_path).stacks == stacks
     # The base, whatever is on.
     x = inputs("sums", 5, 3)
     with using_tasks(model, weights=routed(stacks, {})):
@@ -225,6 +225,7 @@ def test_an_interrupted_round_goes_and_the_finished_ones_stay() -> None:
     with pytest.raises(KeyboardInterrupt):
         boost(model, broken, dataclasses.replace(PLAN, steps=41, evaluate_every=40))
     assert adapters_of(model).tasks == ["sums/1"] and trainable_parameters(model) == []
+    assert model[0].shown is None
 
 
 def test_a_changed_stack_is_noticed() -> None:
@@ -239,7 +240,7 @@ def test_a_changed_stack_is_noticed() -> None:
 def test_modes_are_weights_by_domain_and_round() -> None:
     tasks = [f"{name}/{number}" for name in ("sums", "turns", "bends") for number in (1, 2)]
     stacks = [
-        Stack(task[:-2], int(task[-1]), tasks[:at], digest="", before=1.0, loss=0.5, steps=1, seconds=0.1, ended="")
+        Stack(task[:-2], int(task[-1]), dict.fromkeys(tasks[:at], "x"), "x", 1.0, 0.5, steps=1, seconds=0.1, ended="")
         for at, task in enumerate(tasks)
     ]
     assert ungated(stacks) == dict.fromkeys(tasks, 1.0)
@@ -250,8 +251,11 @@ def test_modes_are_weights_by_domain_and_round() -> None:
         routed(stacks, {"poems": 1.0})
     with pytest.raises(ConfigurationError, match="'poems' has no stack"):
         prefix(stacks, "poems")
-    with pytest.raises(ConfigurationError, match=r"trained on \['sums/1'\], which have been removed"):
-        prefix(stacks[1:], "turns")
+    for damaged in (stacks[1:], [dataclasses.replace(stacks[0], digest="y"), *stacks[1:]]):
+        with pytest.raises(ConfigurationError, match=r"trained on \['sums/1'\], which have been removed or replaced"):
+            prefix(damaged, "turns")
+    with pytest.raises(ConfigurationError, match=r"now act as \['sums/2', 'sums/1'\]"):
+        prefix([stacks[1], stacks[0]], "sums")
 
 
 def test_what_cannot_be_learned_is_refused() -> None:

@@ -98,7 +98,7 @@ def boost(
     Raises: ConfigurationError as ``start_task``. If anything raises, the finished rounds stay and the current one goes.
     Source: arXiv 2604.01152.
     """
-    lineage = list(adapters_of(model).tasks if after is None else after)
+    lineage = {name: stack_digest(model, name) for name in (adapters_of(model).tasks if after is None else after)}
     kept = list[Stack]()
     for number in range(1, plan.rounds + 1):
         task = task_name(domain.name, number)
@@ -112,6 +112,7 @@ def boost(
                 outcome = _Round(model, domain, plan, optimizers or plan_optimizer(plan)).run(number)
         except BaseException:
             abandon_task(model)
+            use_tasks(model)
             raise
         _log.info("%s: %.4f to %.4f in %d steps; %s", task, outcome.before, outcome.best, outcome.steps, outcome.ended)
         if not outcome.best < outcome.before:
@@ -120,8 +121,8 @@ def boost(
         finish_task(model)
         seconds, digest = time.perf_counter() - started, stack_digest(model, task)
         told = (outcome.before, outcome.best, outcome.steps, seconds, outcome.ended)
-        kept.append(Stack(domain.name, number, tuple(lineage), digest, *told))
-        lineage.append(task)
+        kept.append(Stack(domain.name, number, dict(lineage), digest, *told))
+        lineage[task] = digest
         if outcome.before - outcome.best < plan.least_improvement:
             break
     use_tasks(model)

@@ -78,18 +78,19 @@ class Curriculum:
             model,
             domain,
             self.plan,
-            bases=self._bases(model, adapters_of(model).method, earlier),
+            bases=self._bases(model, earlier),
             after=[] if self.is_independent else None,
             optimizers=self.optimizers,
             seed=self.seed,
         )
         progress.stacks += stacks
-        for stack in stacks if self.library is not None else ():
-            assert self.library is not None
-            add_stack(self.library, model, stack)
+        if self.library is not None:
+            for stack in stacks:
+                add_stack(self.library, model, stack)
 
-    def _bases(self, model: nn.Module, method: object, earlier: Sequence[Domain]) -> dict[str, Tensor]:
-        assert isinstance(method, Brainstacks)
+    def _bases(self, model: nn.Module, earlier: Sequence[Domain]) -> dict[str, Tensor]:
+        method = adapters_of(model).method
+        assert isinstance(method, Brainstacks)  # or learn would have refused
         if method.projection == "off" or not self.directions or not earlier:
             return {}
         side = "input" if method.projection == "input" else "output"

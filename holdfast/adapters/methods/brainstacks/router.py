@@ -66,8 +66,8 @@ def base_features(
     model: nn.Module, call: Callable[[], object], *, middle: str, last: str, max_tokens: int = 256
 ) -> Tensor:
     """0.45 of the hidden states behind the module ``middle`` and 0.55 of those behind ``last``, [B, T, H], of the base
-    with all stacks off, when ``call()`` runs the model. At most the first ``max_tokens`` tokens: as many in use as in
-    training.
+    with all stacks off, when ``call()`` runs the model, in the mode the model is in. At most the first ``max_tokens``
+    tokens: as many in use as in training.
 
     Raises: ConfigurationError for a module that is not there, or did not run.
     """

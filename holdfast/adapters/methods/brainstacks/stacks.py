@@ -39,8 +39,8 @@ class Stack:
     domain: str
     round: int
     """From 1."""
-    after: Sequence[str]
-    """Tasks that acted while it was trained, oldest first: its lineage."""
+    after: Mapping[str, str]
+    """Its lineage: the tasks that acted while it was trained, oldest first, and their digests."""
     digest: str
     """sha256 over its tensors in all layers."""
     before: float
@@ -84,21 +84,26 @@ def own_only(stacks: Iterable[Stack], domain: str) -> dict[str, float]:
 def prefix(stacks: Sequence[Stack], domain: str) -> dict[str, float]:
     """Those that acted when the domain's last round was frozen: its loss then, bit by bit.
 
-    Raises: ConfigurationError for a domain without stacks, or if one of its lineage has been removed.
+    Raises: ConfigurationError for a domain without stacks, or where :func:`replay` does.
     """
     own = [stack for stack in stacks if stack.domain == domain]
     if not own:
         raise ConfigurationError(f"domain {domain!r} has no stack; there are {domains_of(stacks)}")
-    return replay(stacks, own[-1])
+    return replay(stacks, max(own, key=lambda stack: stack.round))
 
 
 def replay(stacks: Iterable[Stack], stack: Stack) -> dict[str, float]:
-    """The lineage of one stack and itself. Raises: ConfigurationError if part of it has been removed."""
-    present = {other.task for other in stacks}
-    missing = [task for task in (*stack.after, stack.task) if task not in present]
-    if missing:
-        raise ConfigurationError(f"stack {stack.task!r} was trained on {missing}, which have been removed")
-    return dict.fromkeys((*stack.after, stack.task), 1.0)
+    """The lineage of one stack and itself. Raises: ConfigurationError if part of it has been removed or replaced, or
+    comes in another order."""
+    lineage = {**stack.after, stack.task: stack.digest}
+    present = {other.task: other.digest for other in stacks if other.task in lineage}
+    if lost := [task for task, digest in lineage.items() if present.get(task) != digest]:
+        raise ConfigurationError(f"stack {stack.task!r} was trained on {lost}, which have been removed or replaced")
+    if list(present) != list(lineage):
+        raise ConfigurationError(
+            f"stack {stack.task!r} was trained on {list(lineage)}, which now act as {list(present)}"
+        )
+    return dict.fromkeys(lineage, 1.0)
 
 
 def routed(stacks: Iterable[Stack], weights: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import weakref
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from holdfast.adapters import (
     eject,
     finish_task,
     footprint,
+    inject,
     load_adapters,
     penalty,
     save_adapters,
@@ -29,6 +31,10 @@ from holdfast.adapters import (
     using_tasks,
 )
 from holdfast.adapters.methods.brainstacks import (
+    BoostPlan,
+    Brainstacks,
+    Curriculum,
+    Domain,
     Pager,
     Stack,
     add_stack,
@@ -39,12 +45,15 @@ from holdfast.adapters.methods.brainstacks import (
     routed,
     stack_digest,
     ungated,
+    validate,
 )
 from holdfast.adapters.methods.brainstacks import library as library_module
 from holdfast.adapters.methods.brainstacks import pager as pager_module
 from holdfast.adapters.tensor_file import TensorFile, encode
 from holdfast.errors import ConfigurationError, ManifestMismatch
+from holdfast.trainer.model import Decoder, initialise
 from tests.support.stacks import layered, stacked
+from tests.support.tiny_training import TINY
 
 _DOMAINS = ("a", "b", "c", "d")
 
@@ -111,6 +120,30 @@ def test_paged_stacks_compute_the_bits_of_resident_ones(
         assert asked == 2 * len(used) and stats.misses >= 2 * len(set(used)) - stats.read_ahead
         assert stats.peak_bytes <= budget and pager.held_bytes <= budget
         assert (stats.bytes_read > 0) == bool(used)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_learns_domains_and_replays_them_from_disk(tmp_path: Path, dtype: torch.dtype) -> None:
+    def decoder() -> Decoder:
+        model = Decoder(TINY)
+        initialise(model, 0)
+        return model.to(dtype)
+
+    def of_tokens(name: str, first: int) -> Domain:
+        tokens = torch.arange(first, first + 34).view(2, 17)
+        batch = tokens[:, :-1], tokens[:, 1:]
+        return Domain(name=name, batches=lambda _: repeat(batch), loss=lambda m, b: m(*b), validation=[batch])
+
+    model, domains = decoder(), [of_tokens("low", 0), of_tokens("high", 90)]
+    inject(model, Brainstacks(rank=2), exclude=["output"])
+    plan = BoostPlan(rounds=2, steps=12, evaluate_every=4, warmup=2, lr=2e-2)
+    progress = Curriculum(plan=plan, directions=2, library=tmp_path).learn(model, domains)
+    assert [stack.domain for stack in progress.stacks] == ["low", "low", "high", "high"]
+    paged = decoder()
+    with page_stacks(paged, tmp_path, budget_bytes=3 * _largest_page(tmp_path)):
+        for number, one in enumerate(domains):
+            stack = progress.stacks[2 * number + 1]
+            assert validate(paged, one, prefix(progress.stacks, one.name)) == stack.loss < stack.before
 
 
 def test_a_page_is_read_once_while_it_stays_and_ahead_when_it_has_to_go(tmp_path: Path, x: Tensor) -> None:

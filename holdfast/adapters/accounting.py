@@ -16,7 +16,7 @@ class Footprint:
     """Numbers of elements, over all layers; the base is not counted."""
 
     stored: int
-    """Of every finished task, what a method remembers of it included, and of the current one."""
+    """Of every finished task in memory, what a method remembers of it included, and of the current one."""
     active: int
     """That the forward pass of one token reads, with the tasks that are in use."""
     trainable: int
@@ -27,9 +27,8 @@ def footprint(model: nn.Module) -> Footprint:
     """Counted in the model as it is: between tasks nothing is trainable."""
     layers = adapters_of(model).layers.values()
     own = [[*layer.sealed().values(), *layer.current.values()] for layer in layers]
-    banks = [(layer.method, layer.bank()) for layer in layers]
     return Footprint(
         stored=sum(rows.numel() for tensors in own for rows in tensors),
-        active=sum(method.active(bank) for method, bank in banks if bank),
+        active=sum(layer.method.active(part.bank) for layer in layers for part in layer.parts()),
         trainable=sum(rows.numel() for tensors in own for rows in tensors if rows.requires_grad),
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from torch import Tensor, nn
 
 from holdfast.adapters.adapted import ATTRIBUTE, adapters_of
-from holdfast.adapters.tensor_file import raw_bytes
+from holdfast.adapters.tensor_file import tensors_digest
 
 __all__ = ["base_fingerprint", "base_state"]
 
@@ -28,8 +26,4 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 def base_fingerprint(model: nn.Module) -> str:
     """sha256 over names, dtypes, shapes and bytes of the base, adapters or not: one changed bit changes it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base_state(model).items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
+    return tensors_digest(base_state(model))

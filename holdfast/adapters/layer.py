@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.adapters.method import Method, Site
+from holdfast.adapters.method import Method, Site, Tensors
 from holdfast.errors import ConfigurationError
 
-__all__ = ["AdaptedLinear", "features", "is_linear", "is_transposed"]
+__all__ = ["AdaptedLinear", "Part", "Shown", "Source", "features", "is_linear", "is_transposed"]
+
+Shown = tuple[int, int] | Mapping[int, float] | None
+"""Tasks first to last - 1; or tasks by number, each with a weight, where the method acts apart; or what it does
+itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that answer together."""
+
+    bank: Tensors
+    weight: float = 1.0
+    is_current: bool = False
+    """With a task that is being trained among them."""
+
+
+class Source(Protocol):
+    """Finished tasks of one layer that are kept elsewhere. Called in the forward pass; may block, may raise."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, task: int, /) -> Tensors:
+        """On the layer's device, in its dtype, not to be changed."""
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -51,8 +76,12 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = features(base)
         self.inputs: Tensor | None = None
         """Filled by ``collect_inputs``."""
+        self.cost: Tensor | None = None
+        """What the method adds to the loss of the last training pass's tokens."""
+        self.source: Source | None = None
+        """Its tasks come before the layer's own. Only for a method that acts apart."""
         self._rows = list[dict[str, int]]()
-        self._shown: tuple[int, int] | None = None
+        self._shown: Shown = None
         self._has_trained = False
 
     @property
@@ -71,10 +100,33 @@ class AdaptedLinear(nn.Module):
         y_PO: Tensor = self.base(x_PD)
         if self.training and torch.is_grad_enabled() and self.current:
             self._has_trained = True
-        bank = self.bank()
-        if not bank:
-            return y_PO
-        return y_PO + self.method.delta(x_PD, bank, is_training=self.training).to(y_PO.dtype)
+        for part in self.parts():
+            is_training = self.training and (part.is_current or not self.method.acts_apart)
+            delta_PO, cost = self.method.answer(x_PD, part.bank, is_training=is_training)
+            y_PO = y_PO + (delta_PO if part.weight == 1 else delta_PO * part.weight).to(y_PO.dtype)
+            # Activations that are computed again, in the backward pass, come too late for the loss, and a cost would
+            # keep them in memory.
+            if cost is not None and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+                self.cost = cost
+        return y_PO
+
+    def parts(self) -> Iterator[Part]:
+        """What acts, in the order in which it is added."""
+        if not self.method.acts_apart:
+            if bank := self.bank():
+                yield Part(bank, is_current=bool(self.current))
+            return
+        finished, has_current = self.finished, bool(self.current) and (self.training or self._has_trained)
+        for number, weight in self._weights():
+            if number < finished:
+                yield Part(self.task_rows(number), weight)
+            elif has_current:
+                yield Part(self.method.fold(dict(self.current)), weight, is_current=True)
+
+    @property
+    def finished(self) -> int:
+        """How many tasks are, in the source and here."""
+        return len(self.source or ()) + len(self._rows)
 
     # -- the bank -----------------------------------------------------------------------------------------------------
 
@@ -107,12 +159,12 @@ class AdaptedLinear(nn.Module):
         return found
 
     @property
-    def shown(self) -> tuple[int, int] | None:
+    def shown(self) -> Shown:
         """What :meth:`show` was told."""
         return self._shown
 
-    def show(self, tasks: tuple[int, int] | None) -> None:
-        """Use tasks first to last - 1 only, the current one being the last of all; None for what the method does."""
+    def show(self, tasks: Shown) -> None:
+        """Use these tasks only, the current one being the last of all."""
         self._shown = tasks
 
     def count_untrained(self) -> None:
@@ -153,7 +205,7 @@ class AdaptedLinear(nn.Module):
     def abandon(self) -> None:
         """Forget the current task."""
         self.current.clear()
-        self._has_trained = False
+        self._has_trained, self.cost = False, None
         self.abandon_inputs()
 
     def abandon_inputs(self) -> None:
@@ -165,11 +217,14 @@ class AdaptedLinear(nn.Module):
         self.abandon()
         for name in self._rows[-1] if self._rows else ():
             delattr(self, f"sealed_{name}")
-        self._rows, self._shown = [], None
+        self._rows, self._shown, self.source = [], None, None
 
-    def task_rows(self, task: int) -> dict[str, Tensor]:
+    def task_rows(self, task: int) -> Tensors:
         """What one finished task has left."""
-        return self.sealed(task, task + 1)
+        outside = len(self.source or ())
+        if self.source is not None and task < outside:
+            return self.source[task]
+        return self.sealed(task - outside, task - outside + 1)
 
     def site(self) -> Site:
         """Where a task's tensors go; in the base's dtype unless that is quantised."""
@@ -179,7 +234,7 @@ class AdaptedLinear(nn.Module):
 
     def _span(self) -> tuple[int, int]:
         finished = len(self._rows)
-        if self._shown is not None:
+        if isinstance(self._shown, tuple):
             return self._shown
         if not self.method.needs_task:
             return 0, finished + 1
@@ -189,5 +244,15 @@ class AdaptedLinear(nn.Module):
             )
         return finished, finished + 1
 
+    def _weights(self) -> list[tuple[int, float]]:
+        if self._shown is None or isinstance(self._shown, tuple):
+            first, last = self._shown or (0, self.finished + 1)
+            return [(number, 1.0) for number in range(first, last)]
+        return sorted(self._shown.items())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: a cost belongs to the graph of a pass, which cannot be copied."""
+        return {**self.__dict__, "cost": None}
+
     def extra_repr(self) -> str:
-        return f"{self.name}, method={self.method.name}, tasks={len(self._rows)}"
+        return f"{self.name}, method={self.method.name}, tasks={self.finished}"

@@ -57,6 +57,9 @@ class Method(ABC):
     """True: one task's tensors act at a time, and the caller has to say which."""
     needs_inputs: ClassVar[bool] = False
     """True: the inputs of the layer are collected before a task begins and again before it ends."""
+    acts_apart: ClassVar[bool] = False
+    """True: every task's ``delta`` is computed by itself and added, oldest first, so that any choice of tasks can act,
+    each with a weight. False: the tasks in use are one bank."""
     merge_refusal: ClassVar[str] = ""
     """Why the update cannot be added to the base weight; empty if it can."""
 
@@ -82,6 +85,10 @@ class Method(ABC):
     @abstractmethod
     def delta(self, x_PD: Tensor, bank: Tensors, *, is_training: bool) -> Tensor:
         """What is added to the base layer's output, [..., O]. ``bank``: the rows in use, at least one."""
+
+    def answer(self, x_PD: Tensor, bank: Tensors, *, is_training: bool) -> tuple[Tensor, Tensor | None]:
+        """``delta``, and a scalar that is added to the loss of these tokens while the task trains, or None."""
+        return self.delta(x_PD, bank, is_training=is_training), None
 
     def seal(self, site: Site, current: Tensors, sealed: Tensors) -> Tensors:
         """What stays of a task; what has been folded stays bit by bit, so that the finished task is the trained one."""

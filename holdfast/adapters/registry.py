@@ -1,4 +1,5 @@
-"""Methods by name. Every module of ``holdfast.adapters.methods`` is one method: a new file is found by itself."""
+"""Methods by name. Every module or package in ``holdfast.adapters.methods`` is one method: a new one is found
+by itself."""
 
 from __future__ import annotations
 

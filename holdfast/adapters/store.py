@@ -7,7 +7,6 @@ whatever happens in between; and its own, so that a changed option is noticed to
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,10 +20,11 @@ from holdfast.adapters.adapted import ATTRIBUTE, Adapters, adapters_of
 from holdfast.adapters.fingerprint import base_fingerprint
 from holdfast.adapters.inject import inject
 from holdfast.adapters.registry import create_method, describe_method
+from holdfast.adapters.signed_json import read_signed, signed
 from holdfast.adapters.tensor_file import decode, encode, write_whole
 from holdfast.errors import ConfigurationError, ManifestMismatch
 
-__all__ = ["FORMAT_VERSION", "Sidecar", "load_adapters", "read_sidecar", "save_adapters"]
+__all__ = ["FORMAT_VERSION", "Sidecar", "fit_adapters", "load_adapters", "read_sidecar", "save_adapters"]
 
 FORMAT_VERSION = 1
 _SIDECAR = "adapter.json"
@@ -49,17 +49,23 @@ class Sidecar:
     format_version: int = FORMAT_VERSION
 
 
-def save_adapters(model: nn.Module, directory: Path) -> None:
-    """Write the finished tasks. Raises: OSError; ConfigurationError while a task is being trained."""
+def save_adapters(model: nn.Module, directory: Path, *, only: str | None = None) -> None:
+    """Write the finished tasks, or ``only`` one of them.
+
+    Raises: OSError; ConfigurationError while a task is being trained, and for one that is not finished.
+    """
     adapters = adapters_of(model)
     if adapters.current is not None:
         raise ConfigurationError(f"task {adapters.current!r} is being trained; finish or abandon it before saving")
-    data = encode(_collect(adapters), {"format": "pt", "method": adapters.method.name})
+    if only is not None and only not in adapters.tasks:
+        raise ConfigurationError(f"there is no finished task {only!r}; there are {adapters.tasks}")
+    tasks = list(adapters.tasks) if only is None else [only]
+    data = encode(_collect(adapters, tasks), {"format": "pt", "method": adapters.method.name})
     digest = hashlib.sha256(data).hexdigest()
     sidecar = Sidecar(
         method=adapters.method.name,
         options=describe_method(adapters.method),
-        tasks=adapters.tasks,
+        tasks=tasks,
         layers={name: (layer.in_features, layer.out_features) for name, layer in adapters.layers.items()},
         base=base_fingerprint(model),
         tensors=f"adapter-{digest[:16]}.safetensors",
@@ -67,7 +73,7 @@ def save_adapters(model: nn.Module, directory: Path) -> None:
     )
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / sidecar.tensors, data)
-    write_whole(directory / _SIDECAR, _to_json(sidecar))
+    write_whole(directory / _SIDECAR, signed({name: getattr(sidecar, name) for name in Sidecar.__slots__}))
     for older in directory.glob("adapter-*.safetensors"):
         if older.name != sidecar.tensors:
             with suppress(OSError):  # costs space only
@@ -76,19 +82,10 @@ def save_adapters(model: nn.Module, directory: Path) -> None:
 
 def read_sidecar(directory: Path) -> Sidecar:
     """Raises: ConfigurationError if there is none; ManifestMismatch if it is damaged or of another format."""
-    path = directory / _SIDECAR
     try:
-        content = json.loads(path.read_bytes())
-        about, digest, version = content["about"], content["digest"], content["about"]["format_version"]
+        return Sidecar(**read_signed(directory / _SIDECAR, format_version=FORMAT_VERSION))
     except FileNotFoundError as error:
         raise ConfigurationError(f"{directory} holds no adapters: it has no {_SIDECAR}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ManifestMismatch(f"{path} does not describe adapters: {error}") from error
-    if hashlib.sha256(_canonical(about)).hexdigest() != digest:
-        raise ManifestMismatch(f"{path} does not match its own digest: it is damaged, or was edited")
-    if version != FORMAT_VERSION:
-        raise ManifestMismatch(f"{path} has format_version={version}, this version of Holdfast reads {FORMAT_VERSION}")
-    return Sidecar(**about)
 
 
 def load_adapters(model: nn.Module, directory: Path) -> Adapters:
@@ -99,16 +96,7 @@ def load_adapters(model: nn.Module, directory: Path) -> Adapters:
     """
     sidecar = read_sidecar(directory)
     tensors = _read_tensors(directory, sidecar)
-    if (base := base_fingerprint(model)) != sidecar.base:
-        raise ManifestMismatch(
-            f"the adapters in {directory} belong to base weights {sidecar.base[:16]}…, this model has {base[:16]}…; "
-            "load the weights, in the dtype, that they were trained on"
-        )
-    if hasattr(model, ATTRIBUTE):
-        adapters = adapters_of(model)
-        _compare(adapters, sidecar, directory)
-    else:
-        adapters = inject(model, create_method(sidecar.method, sidecar.options), _exactly(sidecar.layers))
+    adapters = fit_adapters(model, sidecar, directory)
     for name, layer in adapters.layers.items():
         layer.clear()
         for task in range(len(sidecar.tasks)):
@@ -117,12 +105,30 @@ def load_adapters(model: nn.Module, directory: Path) -> Adapters:
     return adapters
 
 
-def _collect(adapters: Adapters) -> dict[str, Tensor]:
+def fit_adapters(model: nn.Module, sidecar: Sidecar, directory: Path) -> Adapters:
+    """The model's own adapters if they are of the kind that ``directory`` holds, or new ones without any task.
+
+    Raises: ManifestMismatch for another base, method, choice of options or layers; ConfigurationError while a task is
+    being trained. The model is then as it was.
+    """
+    if (base := base_fingerprint(model)) != sidecar.base:
+        raise ManifestMismatch(
+            f"the adapters in {directory} belong to base weights {sidecar.base[:16]}…, this model has {base[:16]}…; "
+            "load the weights, in the dtype, that they were trained on"
+        )
+    if hasattr(model, ATTRIBUTE):
+        adapters = adapters_of(model)
+        _compare(adapters, sidecar, directory)
+        return adapters
+    return inject(model, create_method(sidecar.method, sidecar.options), _exactly(sidecar.layers))
+
+
+def _collect(adapters: Adapters, tasks: Sequence[str]) -> dict[str, Tensor]:
     return {
-        f"{name}.{task}.{key}": rows.cpu()
+        f"{name}.{number}.{key}": rows.cpu()
         for name, layer in adapters.layers.items()
-        for task in range(len(adapters.tasks))
-        for key, rows in layer.task_rows(task).items()
+        for number, task in enumerate(tasks)
+        for key, rows in layer.task_rows(adapters.tasks.index(task)).items()
     }
 
 
@@ -159,13 +165,3 @@ def _compare(adapters: Adapters, sidecar: Sidecar, directory: Path) -> None:
     other = [f"{what} {theirs}, this model {ours}" for what, (theirs, ours) in pairs.items() if theirs != ours]
     if other:
         raise ManifestMismatch(f"the adapters in {directory} have {'; '.join(other)}; eject this model's to load them")
-
-
-def _to_json(sidecar: Sidecar) -> bytes:
-    about = {name: getattr(sidecar, name) for name in Sidecar.__slots__}
-    digest = hashlib.sha256(_canonical(about)).hexdigest()
-    return json.dumps({"about": about, "digest": digest}, indent=2, ensure_ascii=False).encode()
-
-
-def _canonical(about: object) -> bytes:
-    return json.dumps(about, sort_keys=True, separators=(",", ":")).encode()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.adapters.adapted import Adapters, adapters_of
+from holdfast.adapters.layer import Shown
 from holdfast.errors import ConfigurationError
 
-__all__ = ["abandon_task", "finish_task", "penalty", "start_task", "use_tasks", "using_tasks"]
+__all__ = ["abandon_task", "finish_task", "penalty", "seed_of", "start_task", "use_tasks", "using_tasks"]
 
 
 def start_task(model: nn.Module, name: str, *, seed: int = 0) -> None:
@@ -60,25 +62,40 @@ def abandon_task(model: nn.Module) -> None:
     adapters.current = None
 
 
-def use_tasks(model: nn.Module, *, first: int | None = None, only: str | None = None) -> None:
-    """Show the ``first`` tasks (0: the bare base), or ``only`` one, or without either what the method does by itself.
+def use_tasks(
+    model: nn.Module,
+    *,
+    first: int | None = None,
+    only: str | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> None:
+    """Show the ``first`` tasks (0: the bare base), or ``only`` one, or those that have ``weights``, each times its own,
+    or without any of the three what the method does by itself.
 
     A prefix computes bit by bit what the model computed when those were all its tasks.
 
-    Raises: ConfigurationError for tasks that do not exist, or that the method has overwritten.
+    Raises: ConfigurationError for tasks that do not exist, or that the method has overwritten, or cannot weigh.
     """
     adapters = adapters_of(model)
-    tasks = _span(adapters, first, only)
+    if weights is not None and (first is not None or only is not None):
+        raise ConfigurationError(f"weights go without first={first} and only={only!r}")
+    tasks: Shown = _span(adapters, first, only) if weights is None else _weighted(adapters, weights)
     for layer in adapters.layers.values():
         layer.show(tasks)
 
 
 @contextmanager
-def using_tasks(model: nn.Module, *, first: int | None = None, only: str | None = None) -> Iterator[None]:
+def using_tasks(
+    model: nn.Module,
+    *,
+    first: int | None = None,
+    only: str | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> Iterator[None]:
     """:func:`use_tasks` for the length of a ``with`` block; then again what was shown before."""
     layers = adapters_of(model).layers.values()
     before = [layer.shown for layer in layers]
-    use_tasks(model, first=first, only=only)
+    use_tasks(model, first=first, only=only, weights=weights)
     try:
         yield
     finally:
@@ -87,10 +104,13 @@ def using_tasks(model: nn.Module, *, first: int | None = None, only: str | None 
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """What the method adds to the loss of the current task, summed over layers: a scalar, zero for most methods."""
+    """What the method adds to the loss of the current task, summed over layers: a scalar, zero for most methods.
+
+    Some of it may depend on the tokens of the last pass in training, so ask after that pass, once for each.
+    """
     layers = list(adapters_of(model).layers.values())
     found = [layer.method.penalty(dict(layer.current), layer.sealed()) for layer in layers if layer.current]
-    terms = [term for term in found if term is not None]
+    terms = [term for term in [*found, *(layer.cost for layer in layers)] if term is not None]
     return torch.stack(terms).sum() if terms else layers[0].weight.new_zeros(()).float()
 
 
@@ -110,6 +130,19 @@ def _span(adapters: Adapters, first: int | None, only: str | None) -> tuple[int,
     return start, stop
 
 
+def _weighted(adapters: Adapters, weights: Mapping[str, float]) -> dict[int, float]:
+    names = [*adapters.tasks, *([adapters.current] if adapters.current else [])]
+    problems = [f"there is no task {name!r}; there are {names}" for name in weights if name not in names]
+    problems += [
+        f"the weight {w} of task {name!r} is not finite" for name, w in weights.items() if not math.isfinite(w)
+    ]
+    if not adapters.method.acts_apart:
+        problems.append(f"{adapters.method.name} computes its tasks together, so that none has a weight of its own")
+    if problems:
+        raise ConfigurationError(problems)
+    return {names.index(name): weight for name, weight in weights.items()}
+
+
 def _current(adapters: Adapters) -> str:
     if adapters.current is None:
         raise ConfigurationError(f"no task is being trained; start one (finished are {adapters.tasks})")
@@ -125,6 +158,10 @@ def _need_inputs(adapters: Adapters, when: str) -> None:
         )
 
 
+def seed_of(key: str) -> int:
+    """For a generator: a function of these letters only."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+
+
 def _generator(key: str) -> torch.Generator:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.Generator().manual_seed(seed_of(key))

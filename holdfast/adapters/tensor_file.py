@@ -6,20 +6,21 @@ https://huggingface.co/docs/safetensors, "Format".
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError, ManifestMismatch
 
-__all__ = ["decode", "encode", "raw_bytes", "write_whole"]
+__all__ = ["TensorFile", "decode", "encode", "raw_bytes", "tensors_digest", "write_whole"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -58,12 +59,61 @@ def decode(data: bytearray, place: str) -> dict[str, Tensor]:
         raise ManifestMismatch(f"{place} is no safetensors file of adapters: {error}") from error
 
 
+class TensorFile:
+    """A file of which some tensors are read at a time. Keeps the header, and no file open.
+
+    Raises: OSError; ManifestMismatch, naming the file, where it is none of ours or ends too early.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            prefix = file.read(_LENGTH_BYTES)
+            length = int.from_bytes(prefix, "little")
+            room = path.stat().st_size - _LENGTH_BYTES
+            header = file.read(length) if length <= room else b""
+        self.header_digest = hashlib.sha256(prefix + header).hexdigest()
+        """Of all bytes that are no tensor's."""
+        self._start = _LENGTH_BYTES + length
+        try:
+            self._entries: dict[str, Any] = json.loads(header.decode())
+            self._entries.pop("__metadata__", None)
+        except (ValueError, AttributeError) as error:
+            raise ManifestMismatch(f"{path} is no safetensors file of adapters: {error}") from error
+
+    def names(self, prefix: str) -> list[str]:
+        """Of the tensors whose names begin like that."""
+        return [name for name in self._entries if name.startswith(prefix)]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """On the CPU, with memory of their own; besides them, one tensor's bytes at a time are in memory."""
+        with self._path.open("rb") as file:
+            try:
+                return {name: self._read(file, self._entries[name]) for name in names}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ManifestMismatch(f"{self._path} is no safetensors file of adapters: {error}") from error
+
+    def _read(self, file: BinaryIO, entry: Mapping[str, Any]) -> Tensor:
+        first, last = entry["data_offsets"]
+        file.seek(self._start + first)
+        return _tensor(bytearray(file.read(max(0, last - first))), 0, {**entry, "data_offsets": [0, last - first]})
+
+
 def raw_bytes(tensor: Tensor) -> bytearray:
     """A tensor's elements in row-major order."""
     data = bytearray(tensor.nbytes)
     if data:
         torch.frombuffer(data, dtype=tensor.dtype).copy_(tensor.detach().flatten())
     return data
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the names' order: one changed bit changes it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, data: bytes | bytearray) -> None:

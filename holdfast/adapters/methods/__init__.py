@@ -1,1 +1,1 @@
-"""One module per method; ``holdfast.adapters.registry`` finds them."""
+"""One module or package per method; ``holdfast.adapters.registry`` finds them."""

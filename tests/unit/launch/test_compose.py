@@ -48,16 +48,19 @@ def test_the_defaults_are_those_of_the_dataclasses_and_sound() -> None:
 
 
 _NEEDED = {
-    **dict.fromkeys(("data=text", "data=jsonl", "data=parquet"), "data.path=/books"),
-    "parallel=pipeline": "model.n_layers=6",
+    **dict.fromkeys(("data=text", "data=jsonl", "data=parquet"), ("data.path=/books",)),
+    "parallel=pipeline": ("model.n_layers=6",),
+    "recovery=checkfree": (
+        *("parallel=pipeline", "parallel.pipeline=4", "parallel.swapped=true", "parallel.blocks=[1,1,1,1]"),
+        *("model.n_layers=4", "launch.nodes=4", "trainer.global_batch=32"),
+    ),
 }
 """What some of them leave to the user."""
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_yaml_file_loads_and_keeps_the_rules(option: str) -> None:
-    needed = [_NEEDED[option]] if option in _NEEDED else []
-    assert validate.check(compose_config([option, *needed]), BIG) == []
+    assert validate.check(compose_config([option, *_NEEDED.get(option, ())]), BIG) == []
 
 
 def test_every_optimizer_has_a_file_that_chooses_it() -> None:

@@ -31,6 +31,7 @@ from holdfast.parallel.pipeline_plan import PipelinePlan, plan_pipeline, replica
 from holdfast.trainer.config import DataSource
 from holdfast.trainer.sizing import check as check_model
 from holdfast.trainer.sizing import largest_piece, layer_costs, parameter_count
+from holdfast.types import Precision
 
 __all__ = [
     "Host",
@@ -258,6 +259,19 @@ def _stage_repair(config: RunConfig) -> Iterator[str]:
         yield "recovery.stage.moments=EXACT: nobody has them any more; use RESET or AVERAGED"
     if stage.repair not in (Repair.RANDOM, Repair.IDENTITY):
         yield from _unlike_stages(config, name)
+    if stage.heal_steps:
+        yield from _short_logs(config)
+
+
+def _short_logs(config: RunConfig) -> Iterator[str]:
+    """Healing needs one pair to learn from and one to judge by."""
+    size = 2 if config.parallel.precision is Precision.BF16 else 4
+    entry = config.trainer.micro_batch * config.data.seq_len * config.model.d_model * size
+    if config.recovery.stage.log_mb * 1e6 < 2 * entry:
+        yield (
+            f"recovery.stage.log_mb={config.recovery.stage.log_mb:g} holds less than two microbatches' hidden states "
+            f"of {entry:,} bytes each; give it at least {2 * entry / 1e6:.3g}, or set recovery.stage.heal_steps=0"
+        )
 
 
 def _unlike_stages(config: RunConfig, name: str) -> Iterator[str]:

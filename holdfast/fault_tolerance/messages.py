@@ -274,6 +274,8 @@ class AbortWorker(Action):
 
     worker: int
     epoch: int
+    may_update: bool = False
+    """All ranks are alive: an update that is under way may end first, as half of it is no state to go on from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,9 +107,10 @@ class Situation:
         """Who is in the old epoch must leave it, and may bring its live state into memory on the way. What memory
         holds is counted after the fence that comes before every inventory."""
         self.epoch += 1
-        for worker in self.crew.in_state(WorkerState.TRAINING):
+        training = list(self.crew.in_state(WorkerState.TRAINING))
+        for worker in training:
             worker.leave(now + self.recovery.abort_after_s, now)
-            self.act(m.AbortWorker(worker.worker, worker.epoch))
+            self.act(m.AbortWorker(worker.worker, worker.epoch, may_update=len(training) == self.roster.world))
 
     def stopped(self, reason: str, now: float) -> None:
         """End as somebody asked. What memory holds is saved by the executor."""

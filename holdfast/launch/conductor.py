@@ -263,7 +263,7 @@ class Conductor:
             self._calls.tell(keeper_address(node), "fence", action.epoch)
 
     def _abort_worker(self, action: m.AbortWorker) -> None:
-        self._calls.tell(worker_address(action.worker), "abort", action.epoch)
+        self._calls.tell(worker_address(action.worker), "abort", action.epoch, action.may_update)
 
     def _stop_epoch(self, action: m.StopEpoch) -> None:
         for member in self._supervisor.members:

@@ -48,8 +48,7 @@ __all__ = ["WorkerHost"]
 logger = logging.getLogger(__name__)
 
 _UPDATE_GRACE_S = 0.5
-"""An update that is under way may end before an epoch is broken off: half of it is no state to go on from. Peers that
-are gone end it at once; only one that is frozen costs this."""
+"""For an update that is under way, when all ranks are alive."""
 
 
 class WorkerHost:
@@ -128,14 +127,16 @@ class WorkerHost:
         self._park(epoch_plan)
         return {**answer, "live": self._live, "notes": self.drain()}
 
-    def abort(self, epoch: int) -> None:
-        """Leave ``epoch``, whichever collective the training thread is blocked in."""
+    def abort(self, epoch: int, may_update: bool = False) -> None:
+        """Leave ``epoch``, whichever collective the training thread is blocked in; with ``may_update``, not in the
+        middle of an update that may end."""
         with self._lock:
             self._left_epoch = max(self._left_epoch, epoch)
             watcher, comm = self._watcher, self._comm
         if watcher is not None:
             watcher.abort()
-            watcher.await_update(_UPDATE_GRACE_S)
+            if may_update:
+                watcher.await_update(_UPDATE_GRACE_S)
         if comm is not None:
             comm.abort()
 

@@ -14,8 +14,9 @@ import pytest
 from holdfast.configs import validate
 from holdfast.configs.protection import fewer_nodes
 from holdfast.configs.schema import LaunchKind, RunConfig
-from holdfast.configs.validate import Host, check, keeper_limit_bytes, state_bytes
+from holdfast.configs.validate import Host, check, keeper_limit_bytes, stage_facts, state_bytes
 from holdfast.errors import ConfigurationError
+from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts
 from holdfast.optim.config import OptimName
 from holdfast.parallel.config import ScheduleKind
 from holdfast.trainer.config import DataSource
@@ -388,6 +389,35 @@ def test_a_pipeline_that_cannot_be_is_refused_with_the_rule(values: dict[str, An
 def test_options_of_a_pipeline_without_one_are_refused(key: str, value: object) -> None:
     (problem,) = problems_of(**{f"parallel__{key}": value})
     assert problem == f"parallel.{key}={value} is of a pipeline, and there is none; set parallel.pipeline too"
+
+
+_REBUILT = {**_PIPELINE, "parallel__blocks": [2, 2, 2], "recovery__stage__repair": Repair.CHECKFREE}
+
+
+def test_stages_that_are_alike_may_be_made_from_each_other() -> None:
+    assert problems_of(**_REBUILT) == []
+    facts = stage_facts(changed(**_REBUILT))
+    assert facts == StageFacts((2, 2, 2), Repair.CHECKFREE, has_end_copies=False)
+    assert stage_facts(changed(**_PIPELINE)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"parallel__pipeline": 1, "parallel__blocks": []}, "is of a pipeline, and there is none"),
+        ({"parallel__blocks": [1, 2, 3]}, "other numbers of blocks: [1, 2, 3]"),
+        ({"launch__workers_per_node": 2, "trainer__micro_batch": 4}, "needs one stage per rank"),
+        ({"parallel__chunks": 2, "parallel__blocks": [1] * 6}, "needs one stage per rank"),
+        ({"recovery__stage__repair": Repair.CHECKFREE_PLUS}, "set parallel.swapped=true"),
+        ({"recovery__stage__moments": MomentRepair.AVERAGED}, "codes of 8 bits have no average"),
+        ({"recovery__stage__moments": MomentRepair.EXACT}, "use RESET or AVERAGED"),
+        ({"recovery__stage__norm_exponent": 3}, "1 or 2"),
+        ({"recovery__stage__heal_steps": 9, "recovery__stage__log_mb": 0.1}, "holds less than two microbatches'"),
+    ],
+)
+def test_a_repair_of_stages_that_cannot_be_is_refused_with_the_rule(values: dict[str, Any], word: str) -> None:
+    problems = problems_of(**{**_REBUILT, **values})
+    assert any(word in problem for problem in problems), problems
 
 
 def test_the_state_of_a_rank_is_that_of_the_largest_process_and_shared_by_replicas() -> None:

@@ -206,7 +206,7 @@ class _Fleet:
     def _quarantine(self, node: int, rank: int, version: int) -> None:
         self.memory[rank].pop(version, None)
 
-    def _abort(self, worker: int, epoch: int) -> None:
+    def _abort(self, worker: int, epoch: int, may_update: bool) -> None:
         self.park(worker, "aborted", epoch=epoch)
 
     def _stop(self, worker: int, epoch: int) -> None:

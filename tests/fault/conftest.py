@@ -10,6 +10,7 @@ import pytest
 from tests.support.strikes import prepare, sightings, torn, witnessed
 
 
+@pytest.hookimpl(tryfirst=True)  # the group is a part of what xdist sees, from its own hook on
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With two processes (``--dist=loadgroup``) one has the runs on Ray, the other all others: two Rays at a time are
     more than two cores start within anybody's patience."""

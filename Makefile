@@ -13,8 +13,8 @@ train: .venv/stamp  ## set up, then train the main job
 
 test: .venv/stamp  ## set up, then run the whole suite; one part of it: make test ARGS=tests/unit
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder --ignore=tests/fault
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadgroup tests/fault
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --no-loadscope-reorder --ignore=tests/fault
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --no-loadscope-reorder tests/fault
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

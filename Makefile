@@ -6,18 +6,21 @@ BIN := .venv/bin
 
 KERNELS := $(wildcard holdfast/native_build.py holdfast/kernels/*.h holdfast/*/build_kernels.py holdfast/*/kernels/*.cpp holdfast/*/kernels/*.h)
 
-.PHONY: train test sweep checkfree-study check setup kernels wheel clean
+.PHONY: train test slow sweep checkfree-study check setup kernels wheel clean
 
 train: .venv/stamp  ## set up, then train the main job
 	$(BIN)/holdfast train experiment=main_job $(ARGS)
 
-test: .venv/stamp  ## set up, then run the whole suite; one part of it: make test ARGS=tests/unit
+test: .venv/stamp  ## set up, then run the suite but for slow tests; one part of it: make test ARGS=tests/unit
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --no-loadscope-reorder --ignore=tests/fault
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --no-loadscope-reorder tests/fault
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder -m "not slow" --ignore=tests/fault
+	$(BIN)/python -m pytest -m "not slow" tests/fault
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+slow: .venv/stamp  ## the rest of the suite: nodes of Ray that are lost, more of the kills, what a compiler is needed for
+	$(BIN)/python -m pytest -m slow
 
 sweep: .venv/stamp  ## SIGKILL at every named failpoint, all ZeRO stages; one of them: make sweep ARGS="--stages 2"
 	PYTHONPATH=. $(BIN)/python benchmarks/crash_sweep.py $(ARGS)

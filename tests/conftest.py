@@ -58,22 +58,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """pytest-xdist: who takes a file has all of it. Of whole runs one process has those on Ray, another all others: two
-    Rays at a time are more than two cores start within anybody's patience."""
-    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
-
-    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-        def _split_scope(self, nodeid: str) -> str:
-            file, _, test = nodeid.partition("::")
-            if not file.startswith("tests/fault/"):
-                return file
-            return "on Ray" if "/test_ray" in file or "on_ray" in test else "forked"
-
-    return Scheduling(config, log)
-
-
-@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """pytest-xdist: a process that ran a share of the tests has ended."""
     node.config.stash.setdefault(_LEFT, []).extend(getattr(node, "workeroutput", {}).get("left", []))

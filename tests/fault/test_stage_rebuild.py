@@ -78,6 +78,7 @@ def test_a_stage_that_is_lost_with_its_node_is_made_from_its_neighbours(
     assert events_of(result.run_dir, "checkpoint_written")[-1]["step"] == _STEPS
 
 
+@pytest.mark.slow
 def test_on_ray_the_first_a_middle_and_the_last_stage_are_lost_in_turn(
     tmp_path: Path, corpus: Path, undisturbed: dict[int, float]
 ) -> None:

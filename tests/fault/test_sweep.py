@@ -5,7 +5,9 @@ Here each place has its turn at one ZeRO stage; ``make sweep`` takes all of them
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from holdfast.fault_tolerance.policy import DISK, LIVE, MEMORY, PARITY
 from holdfast.launch.fleet import Role
 from tests.support.drivers import records
 from tests.support.runs import events_of, write_corpus
-from tests.support.strikes import EXAMINE, REBUILD, Sighting, Strike, passed, torn
+from tests.support.strikes import DRIVER, EXAMINE, REBUILD, Sighting, Strike, passed, torn
 from tests.support.sweep import (
     PASSES,
     STAGES,
@@ -29,6 +31,8 @@ from tests.support.sweep import (
 )
 
 pytestmark = pytest.mark.timeout(400)
+
+_STAGE_OF_DRIVER = 2
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,14 @@ def _short(stage: int) -> list[Cells]:
     return cells_of(stage, shares=len(STAGES), share=STAGES.index(stage))
 
 
-@pytest.mark.parametrize("cells", [cells for stage in STAGES for cells in _short(stage)], ids=str)
+def _cells() -> Iterator[Any]:
+    """Drivers that are killed take longest, because all of a run starts again."""
+    for cells in (cells for stage in STAGES for cells in _short(stage)):
+        is_slow = cells.victim == DRIVER and cells.stage != _STAGE_OF_DRIVER
+        yield pytest.param(cells, id=str(cells), marks=[pytest.mark.slow] if is_slow else [])
+
+
+@pytest.mark.parametrize("cells", _cells())
 def test_a_kill_anywhere_leaves_no_trace(cells: Cells, tmp_path: Path, corpus: Path, truths: Truths) -> None:
     found = sweep(cells, tmp_path, corpus)
     assert differences(found, truths.of(cells.stage)) == []

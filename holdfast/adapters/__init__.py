@@ -10,6 +10,11 @@ and nothing else, and take any ``nn.Module``::
         ...  # train on loss + adapters.penalty(model)
         adapters.finish_task(model)
     adapters.save_adapters(model, directory)
+
+LoRA folders of Hugging Face PEFT are read and written without PEFT::
+
+    adapters.load_peft(model, directory)
+    adapters.save_peft(model, directory)
 """
 
 from holdfast.adapters.accounting import Footprint, footprint
@@ -20,6 +25,7 @@ from holdfast.adapters.inputs import collect_inputs
 from holdfast.adapters.layer import AdaptedLinear
 from holdfast.adapters.method import Method, Site
 from holdfast.adapters.metrics import RoutingStats, boundary_jump, measure_routing
+from holdfast.adapters.peft import load_peft, save_peft
 from holdfast.adapters.registry import create_method, method_names, register
 from holdfast.adapters.store import Sidecar, load_adapters, read_sidecar, save_adapters
 from holdfast.adapters.tasks import abandon_task, finish_task, penalty, start_task, use_tasks, using_tasks
@@ -43,6 +49,7 @@ __all__ = [
     "footprint",
     "inject",
     "load_adapters",
+    "load_peft",
     "measure_routing",
     "merge",
     "method_names",
@@ -50,6 +57,7 @@ __all__ = [
     "read_sidecar",
     "register",
     "save_adapters",
+    "save_peft",
     "start_task",
     "trainable_parameters",
     "use_tasks",

@@ -28,6 +28,8 @@ class Adapters:
     """Finished tasks, oldest first."""
     current: str | None = None
     """The task that is being trained."""
+    origin: object = None
+    """What they were read from, for a writer of the same format that loses nothing."""
 
 
 def adapters_of(model: nn.Module) -> Adapters:

@@ -7,8 +7,7 @@ whatever happens in between; and its own, so that a changed option is noticed to
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,19 @@ from holdfast.adapters.fingerprint import base_fingerprint
 from holdfast.adapters.inject import inject
 from holdfast.adapters.registry import create_method, describe_method
 from holdfast.adapters.signed_json import read_signed, signed
+from holdfast.adapters.targets import exactly
 from holdfast.adapters.tensor_file import decode, encode, write_whole
 from holdfast.errors import ConfigurationError, ManifestMismatch
 
-__all__ = ["FORMAT_VERSION", "Sidecar", "fit_adapters", "load_adapters", "read_sidecar", "save_adapters"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Sidecar",
+    "finished_tasks",
+    "fit_adapters",
+    "load_adapters",
+    "read_sidecar",
+    "save_adapters",
+]
 
 FORMAT_VERSION = 1
 _SIDECAR = "adapter.json"
@@ -55,11 +63,7 @@ def save_adapters(model: nn.Module, directory: Path, *, only: str | None = None)
     Raises: OSError; ConfigurationError while a task is being trained, and for one that is not finished.
     """
     adapters = adapters_of(model)
-    if adapters.current is not None:
-        raise ConfigurationError(f"task {adapters.current!r} is being trained; finish or abandon it before saving")
-    if only is not None and only not in adapters.tasks:
-        raise ConfigurationError(f"there is no finished task {only!r}; there are {adapters.tasks}")
-    tasks = list(adapters.tasks) if only is None else [only]
+    tasks = finished_tasks(adapters, only)
     data = encode(_collect(adapters, tasks), {"format": "pt", "method": adapters.method.name})
     digest = hashlib.sha256(data).hexdigest()
     sidecar = Sidecar(
@@ -120,7 +124,16 @@ def fit_adapters(model: nn.Module, sidecar: Sidecar, directory: Path) -> Adapter
         adapters = adapters_of(model)
         _compare(adapters, sidecar, directory)
         return adapters
-    return inject(model, create_method(sidecar.method, sidecar.options), _exactly(sidecar.layers))
+    return inject(model, create_method(sidecar.method, sidecar.options), exactly(sidecar.layers))
+
+
+def finished_tasks(adapters: Adapters, only: str | None) -> list[str]:
+    """All of them, or ``only`` one. Raises: ConfigurationError as :func:`save_adapters` does."""
+    if adapters.current is not None:
+        raise ConfigurationError(f"task {adapters.current!r} is being trained; finish or abandon it before saving")
+    if only is not None and only not in adapters.tasks:
+        raise ConfigurationError(f"there is no finished task {only!r}; there are {adapters.tasks}")
+    return list(adapters.tasks) if only is None else [only]
 
 
 def _collect(adapters: Adapters, tasks: Sequence[str]) -> dict[str, Tensor]:
@@ -130,11 +143,6 @@ def _collect(adapters: Adapters, tasks: Sequence[str]) -> dict[str, Tensor]:
         for number, task in enumerate(tasks)
         for key, rows in layer.task_rows(adapters.tasks.index(task)).items()
     }
-
-
-def _exactly(names: Iterable[str]) -> str:
-    """As a choice of layers: a list of names would match the ends of others, too."""
-    return "|".join(re.escape(name) for name in names)
 
 
 def _of_task(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
 from holdfast.adapters.layer import AdaptedLinear, is_linear
 from holdfast.errors import ConfigurationError
 
-__all__ = ["ALL_LINEAR", "find_targets"]
+__all__ = ["ALL_LINEAR", "exactly", "find_targets"]
 
 ALL_LINEAR = "all-linear"
 
@@ -41,6 +41,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str], exclude:
     if problems:
         raise ConfigurationError(problems)
     return found
+
+
+def exactly(names: Iterable[str]) -> str:
+    """As a choice of layers: a list of names would match the ends of others, too."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def _matching(modules: dict[str, nn.Module], pattern: str | None) -> list[str]:

@@ -133,7 +133,8 @@ def write_whole(path: Path, data: bytes | bytearray) -> None:
 def _tensor(data: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
     dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
     first, last = entry["data_offsets"]
-    if not (0 <= first <= last <= len(data) - start and last - first == prod(shape) * dtype.itemsize):
+    fits = 0 <= first <= last <= len(data) - start and last - first == prod(shape) * dtype.itemsize
+    if not fits or any(size < 0 for size in shape):
         raise ValueError(f"bytes {first} to {last} do not hold {dtype} of shape {shape}")
     if first == last:
         return torch.empty(shape, dtype=dtype)

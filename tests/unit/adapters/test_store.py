@@ -156,6 +156,9 @@ def test_a_header_that_lies_about_sizes_is_refused() -> None:
     for shape in (b"[2,2]", b"[4,2]"):
         with pytest.raises(ManifestMismatch, match="do not hold"):
             decode(whole.replace(b"[3,2]", shape), "somewhere")
+    negative = encode({"abc": torch.ones(3, 2)}, {}).replace(b'"abc"', b'"a"').replace(b"[3,2]", b"[-3,-2]")
+    with pytest.raises(ManifestMismatch, match="do not hold"):
+        decode(negative, "somewhere")
 
 
 def test_layers_come_back_by_their_whole_names(tmp_path: Path) -> None:

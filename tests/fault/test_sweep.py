@@ -90,7 +90,7 @@ def _cells() -> Iterator[Any]:
         yield pytest.param(cells, id=str(cells), marks=[pytest.mark.slow] if is_slow else [])
 
 
-@pytest.mark.parametrize("cells", _cells())
+@pytest.mark.parametrize("cells", list(_cells()))
 def test_a_kill_anywhere_leaves_no_trace(cells: Cells, tmp_path: Path, corpus: Path, truths: Truths) -> None:
     found = sweep(cells, tmp_path, corpus)
     assert differences(found, truths.of(cells.stage)) == []

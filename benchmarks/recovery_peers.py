@@ -98,7 +98,7 @@ class Samples:
         self.losses.append(trail.finished[-1].loss)
         self.cold += trail.cold
         for kill, after in _stretches(trail):
-            new = [step for step in after if step.step > kill.step]
+            new = [step for step in _repaired(trail, kill, after) if step.step > kill.step]
             self.recovery_s.append(new[0].time - kill.time)
             self.steps_lost += len(after) - len(new)
             reached_s = full_speed(new, trail.step_s)
@@ -119,6 +119,12 @@ def full_speed(steps: Sequence[Finished], usual_s: float) -> float | None:
 
 def _intervals(steps: Sequence[Finished]) -> list[float]:
     return [after.time - before.time for before, after in pairwise(steps)]
+
+
+def _repaired(trail: Trail, kill: Kill, after: Sequence[Finished]) -> Sequence[Finished]:
+    """Without what the membership of before has still finished: a node that is told to stop may end its step first."""
+    epoch = max((step.epoch for step in trail.finished if step.time < kill.time), default=0)
+    return [step for step in after if step.epoch > epoch] or after
 
 
 def _stretches(trail: Trail) -> Iterator[tuple[Kill, Sequence[Finished]]]:

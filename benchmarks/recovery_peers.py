@@ -98,9 +98,10 @@ class Samples:
         self.losses.append(trail.finished[-1].loss)
         self.cold += trail.cold
         for kill, after in _stretches(trail):
-            new = [step for step in _repaired(trail, kill, after) if step.step > kill.step]
+            repaired = _repaired(trail, kill, after)
+            new = [step for step in repaired if step.step > kill.step]
             self.recovery_s.append(new[0].time - kill.time)
-            self.steps_lost += len(after) - len(new)
+            self.steps_lost += len(repaired) - len(new)
             reached_s = full_speed(new, trail.step_s)
             if reached_s is None:
                 self.never += 1
@@ -123,8 +124,8 @@ def _intervals(steps: Sequence[Finished]) -> list[float]:
 
 def _repaired(trail: Trail, kill: Kill, after: Sequence[Finished]) -> Sequence[Finished]:
     """Without what the membership of before has still finished: a node that is told to stop may end its step first."""
-    epoch = max((step.epoch for step in trail.finished if step.time < kill.time), default=0)
-    return [step for step in after if step.epoch > epoch] or after
+    life = max((step.life for step in trail.finished if step.time < kill.time), default=0)
+    return [step for step in after if step.life > life] or after
 
 
 def _stretches(trail: Trail) -> Iterator[tuple[Kill, Sequence[Finished]]]:

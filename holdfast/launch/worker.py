@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 _UPDATE_GRACE_S = 0.5
 """For an update that is under way, when all ranks are alive."""
+_UNWOKEN_S, _LOOK_S = 3.0, 0.05
 
 
 class WorkerHost:
@@ -66,6 +68,10 @@ class WorkerHost:
         self._roster = 0
         self._lock = threading.Lock()
         self._left_epoch = self._stopped_epoch = -1
+        self._is_out = threading.Event()
+        """Nobody is in an epoch, or whoever is has left its last collective."""
+        self._is_out.set()
+        self._thread = -1
         self._watcher: BoardWatcher | None = None
         self._comm: TorchCommunicator | None = None
         self._notes: list[dict[str, object]] = []
@@ -122,8 +128,12 @@ class WorkerHost:
     def run_epoch(self, plan: Mapping[str, object]) -> dict[str, object]:
         """Train until the goal, a stop or a fault; always answers with an :class:`Outcome` word."""
         epoch_plan = EpochPlan(**cast(dict[str, Any], plan))
-        self._live = -1
-        answer = self._guarded(epoch_plan)
+        self._live, self._thread = -1, threading.get_native_id()
+        self._is_out.clear()
+        try:
+            answer = self._guarded(epoch_plan)
+        finally:
+            self._is_out.set()
         self._park(epoch_plan)
         return {**answer, "live": self._live, "notes": self.drain()}
 
@@ -139,6 +149,20 @@ class WorkerHost:
                 watcher.await_update(_UPDATE_GRACE_S)
         if comm is not None:
             comm.abort()
+            if not comm.can_abort_for_certain:
+                self._end_if_unwoken()
+
+    def _end_if_unwoken(self) -> None:
+        """A collective that begins while the connections go down may wait for ever. Who computes uses the processor;
+        who has not for so long, and has not left either, is of no more use, and quickly replaced."""
+        used_s, since_s = _processor_s(self._thread), time.monotonic()
+        while not self._is_out.wait(_LOOK_S):
+            now_s = _processor_s(self._thread)
+            if now_s != used_s:
+                used_s, since_s = now_s, time.monotonic()
+            elif time.monotonic() - since_s > _UNWOKEN_S:
+                logger.error("not woken from a collective after %g s; this process ends", _UNWOKEN_S)
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def stop(self, epoch: int) -> None:
         """Finish the step, agree with the others, settle the state, then leave ``epoch``."""
@@ -225,6 +249,7 @@ class WorkerHost:
             result = run.conclude() if ending is Ending.FINISHED else {}
             return _answer(Outcome(ending.value), version=run.view.train.step, result=result)
         except (Abort, Exception) as error:
+            self._is_out.set()
             self._live = self._keep_live(run, error)
             raise
         finally:
@@ -315,6 +340,12 @@ class _Laps:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._laps.items())
+
+
+def _processor_s(thread: int) -> float:
+    """Time that a thread of this process has been running, in ticks of a hundredth of a second; Linux only."""
+    fields = Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _is_of_a_peer(error: BaseException) -> bool:

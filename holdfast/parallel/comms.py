@@ -107,6 +107,11 @@ class TorchCommunicator:
             raise CollectiveBroken(self.rank, "all_reduce", _first_line(error)) from error
         return list(map(float, sums.tolist()))
 
+    @property
+    def can_abort_for_certain(self) -> bool:
+        """NCCL has an abort of its own; gloo misses a collective now and then that begins at that very moment."""
+        return self._device.type == "cuda"
+
     def abort(self) -> None:
         """Wake the training thread, here and at the peers, from whatever collective it is blocked in."""
         if self._device.type == "cuda":

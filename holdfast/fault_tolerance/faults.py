@@ -34,6 +34,7 @@ def worker_lost(run: Situation, message: m.WorkerLost, now: float) -> None:
 
 
 def keeper_lost(run: Situation, message: m.KeeperLost, now: float) -> None:
+    (run.silent_nodes.add if message.is_silent else run.silent_nodes.discard)(message.node)
     was_asked = run.stage is Stage.INVENTORY and run.keepers.has(message.node) and run.keepers.is_ready(message.node)
     losses = lose_keeper(run, message.node, message.cause, now)
     if losses:

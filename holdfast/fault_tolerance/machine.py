@@ -167,6 +167,7 @@ def _worker_ready(run: Situation, message: m.WorkerReady, now: float) -> None:
 
 def _keeper_ready(run: Situation, message: m.KeeperReady, now: float) -> None:
     run.keepers.ready(message.node)
+    run.silent_nodes.discard(message.node)
 
 
 def _node_moved(run: Situation, message: m.NodeMoved, now: float) -> None:

@@ -163,6 +163,8 @@ class KeeperLost(Message):
 
     node: int
     cause: str
+    is_silent: bool = False
+    """It did not answer for too long, and may be frozen with all of its node."""
 
 
 @dataclass(frozen=True, slots=True)

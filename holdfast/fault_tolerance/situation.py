@@ -13,7 +13,7 @@ from holdfast.fault_tolerance.config import RecoveryConfig
 from holdfast.fault_tolerance.detector import Limits
 from holdfast.fault_tolerance.incidents import Ledger
 from holdfast.fault_tolerance.lanes import Recorded
-from holdfast.fault_tolerance.membership import Crew, Keepers, Layout, WorkerState
+from holdfast.fault_tolerance.membership import Crew, Keepers, Layout, Worker, WorkerState
 from holdfast.fault_tolerance.progress import EpochWatch
 from holdfast.fault_tolerance.protection import ProtectionGauge
 from holdfast.fault_tolerance.sources import Sources
@@ -23,6 +23,9 @@ __all__ = ["INTERRUPTED", "NOTHING_SAVED", "Absences", "Situation", "Stage"]
 
 INTERRUPTED, NOTHING_SAVED = 75, 143
 """Exit codes of a stop: with finished steps to resume from, and without."""
+
+
+_SILENT_S = 1.0
 
 
 class Stage(Enum):
@@ -80,6 +83,8 @@ class Situation:
         self.rebuild: StageRebuild | None = None
         """Which stages will be made from others, likewise."""
         self.spares_lost = 0
+        self.silent_nodes: set[int] = set()
+        """Whose last keeper did not answer."""
         self.stop_reason = ""
         self.has_failed = False
         self.looked_s = self.waiting_since_s = self.said_s = now
@@ -109,8 +114,13 @@ class Situation:
         self.epoch += 1
         training = list(self.crew.in_state(WorkerState.TRAINING))
         for worker in training:
-            worker.leave(now + self.recovery.abort_after_s, now)
+            worker.leave(now + self._patience_s(worker), now)
             self.act(m.AbortWorker(worker.worker, worker.epoch, may_update=len(training) == self.roster.world))
+
+    def _patience_s(self, worker: Worker) -> float:
+        """Who is on a node whose keeper does not answer is probably frozen with it, and will not hear of leaving."""
+        is_silent = worker.node in self.silent_nodes
+        return min(_SILENT_S, self.recovery.abort_after_s) if is_silent else self.recovery.abort_after_s
 
     def stopped(self, reason: str, now: float) -> None:
         """End as somebody asked. What memory holds is saved by the executor."""

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from holdfast.launch.fleet import Address, Completion, Fleet
 
-__all__ = ["LOST", "Calls", "Gathered"]
+__all__ = ["LOST", "NO_ANSWER", "Calls", "Gathered"]
+
+NO_ANSWER = "no answer before the deadline"
+"""Why a call has failed that nobody has answered."""
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +102,7 @@ class Calls:
 
     def expire(self, now: float) -> None:
         """Fail every call whose deadline has passed."""
-        self._fail([n for n, c in self._open.items() if c.deadline_s < now], "no answer before the deadline")
+        self._fail([n for n, c in self._open.items() if c.deadline_s < now], NO_ANSWER)
 
     def _fail(self, numbers: Sequence[int], why: str) -> None:
         for number in numbers:

@@ -16,7 +16,7 @@ from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
 from holdfast.fault_tolerance.policy import DO_NOT_RESTART
 from holdfast.launch import identity
-from holdfast.launch.calls import LOST, Calls, Gathered
+from holdfast.launch.calls import LOST, NO_ANSWER, Calls, Gathered
 from holdfast.launch.crew import Crew, ProcessSpecs, keeper_address, worker_address
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
@@ -226,7 +226,7 @@ class Conductor:
             self._pulse.forget_rank(rank)
         if node in self._roster.nodes:
             self._durable.abandon()
-        self._tell(m.KeeperLost(node, cause))
+        self._tell(m.KeeperLost(node, cause, is_silent=NO_ANSWER in cause))
 
     @property
     def _roster(self) -> Roster:

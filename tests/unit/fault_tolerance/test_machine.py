@@ -855,3 +855,10 @@ def test_live_state_of_an_earlier_epoch_is_not_mistaken_for_that_of_the_last() -
     story.tell(m.KeeperLost(0, "killed by SIGKILL"))
     story.tell(*[m.WorkerParked(w, 2, m.Outcome.ABORTED) for w in (0, 1, 2)], m.KeeperReady(0)).inventory(7)
     assert [plan.source for plan in story.events(RecoveryPlanned)] == ["live state", "keeper memory"]
+
+
+def test_whoever_is_on_a_node_that_does_not_answer_is_not_waited_for_like_the_others() -> None:
+    story = Story().running(step=7)
+    story.tell(m.KeeperLost(1, "no answer before the deadline", is_silent=True)).survivors_leave(0, 2)
+    story.wait(2)
+    assert [a.worker for a in story.of(m.KillWorker)] == [1]

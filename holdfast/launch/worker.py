@@ -213,17 +213,7 @@ class WorkerHost:
         laps.end("join")
         failpoints.hit("recovery.after_join", plan.version)
         watcher.enter(Phase.BUILD, max(plan.version, 0))
-        snapshot = self._config.snapshot
-        snapshots = ArenaSnapshotter(
-            self._arena,
-            rank=plan.rank,
-            world=plan.world,
-            epoch=plan.epoch,
-            config_digest=self._config_digest,
-            persist_every=snapshot.persist_every_steps,
-            max_bytes_per_s=snapshot.copy_mb_per_s * 1e6,
-            fence_timeout_s=snapshot.fence_timeout_s,
-        )
+        snapshots = self._snapshots(plan, self._arena)
         run = RankRun(
             self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._note, boundaries=self._boundaries
         )
@@ -257,6 +247,19 @@ class WorkerHost:
             if not any(slot.is_complete and slot.version == self._live for slot in self._arena.slots()):
                 self._live = -1
             run.close()
+
+    def _snapshots(self, plan: EpochPlan, arena: Arena) -> ArenaSnapshotter:
+        snapshot = self._config.snapshot
+        return ArenaSnapshotter(
+            arena,
+            rank=plan.rank,
+            world=plan.world,
+            epoch=plan.epoch,
+            config_digest=self._config_digest,
+            persist_every=snapshot.persist_every_steps,
+            max_bytes_per_s=snapshot.copy_mb_per_s * 1e6,
+            fence_timeout_s=snapshot.fence_timeout_s,
+        )
 
     def _keep_live(self, run: RankRun, error: BaseException) -> int:
         """What broke was elsewhere; here the state may be as good as it was."""

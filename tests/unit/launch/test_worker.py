@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from holdfast.configs.plain import to_plain
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import Abort
 from holdfast.launch.protocol import EpochPlan
-from holdfast.launch.worker import WorkerHost
+from holdfast.launch.worker import WorkerHost, _processor_s
 from holdfast.types import Phase
 from tests.support.keepers import attach, make_keeper
 
@@ -72,3 +73,21 @@ def test_a_parked_rank_still_shows_how_far_it_got(worker: WorkerHost) -> None:
     beat = arena.board.read()
     assert (beat.phase, beat.step) == (Phase.PARKED, 9)
     assert beat.progress_s >= before
+
+
+def test_a_thread_that_computes_uses_the_processor_and_one_that_waits_does_not() -> None:
+    own, end = threading.get_native_id(), time.monotonic() + 5.0
+    used_s = _processor_s(own)
+    while _processor_s(own) == used_s:
+        assert time.monotonic() < end
+    idle = threading.Event()
+    waiting = threading.Thread(target=idle.wait)
+    waiting.start()
+    try:
+        assert waiting.native_id is not None
+        used_s = _processor_s(waiting.native_id)
+        time.sleep(0.2)
+        assert _processor_s(waiting.native_id) - used_s < 0.05
+    finally:
+        idle.set()
+        waiting.join()

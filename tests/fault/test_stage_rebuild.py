@@ -111,12 +111,13 @@ def test_neighbours_that_are_lost_together_are_not_averaged_and_the_reason_is_to
 def test_a_rebuilt_stage_has_its_own_steps_and_rate_also_after_it_was_restored_exactly(
     tmp_path: Path, corpus: Path
 ) -> None:
-    config = _config(tmp_path, corpus, "node_sigkill node=1 step=4", "sigkill rank=1 step=9", repair=Repair.CHECKFREE)
+    lost = ("hang rank=1 step=4", "node_sigkill node=1 step=4")  # it waits, so that both runs lose the same version
+    config = _config(tmp_path, corpus, *lost, "sigkill rank=1 step=9", repair=Repair.CHECKFREE)
     stage = config.recovery.stage
     stage.rate_factor, stage.rate_mode, stage.moments = 1.1, RateMode.DECAYING, MomentRepair.AVERAGED
     config.optim.name = OptimName.ADAMW
     struck = train(config)
-    calm = _config(tmp_path / "calm", corpus, "node_sigkill node=1 step=4", repair=Repair.CHECKFREE)
+    calm = _config(tmp_path / "calm", corpus, *lost, repair=Repair.CHECKFREE)
     calm.recovery.stage, calm.optim.name = stage, OptimName.ADAMW
     expected = train(calm)
     assert (struck.exit_code, expected.exit_code) == (0, 0)

@@ -261,7 +261,7 @@ def _watch_worker(witness: _Witness, spec: Mapping[str, Any]) -> None:
     from holdfast.trainer.state import StateView
 
     attach, make, views = WorkerHost.attach, StateView.__init__, list["weakref.ref[StateView]"]()
-    hosts = list[WorkerHost]()
+    hosts, begun = list[WorkerHost](), [""]
 
     def attached(self: WorkerHost, rank: int, *args: Any) -> None:
         witness.be(rank)
@@ -275,10 +275,14 @@ def _watch_worker(witness: _Witness, spec: Mapping[str, Any]) -> None:
     def look(name: str, step: int) -> None:
         if name == "step.begin" and witness.has_plans:
             _wait_for_keepers(hosts[0], step - 1)
-        kind = {"step.after_update": ("live", step + 1), "recovery.after_restore": ("restored", step)}.get(name)
+        kinds = {"step.after_update": [("live", step + 1)], "recovery.after_restore": [("restored", step)]}.get(name, [])
+        if name in {"recovery.before_restore", "snapshot.before_capture"}:
+            begun[0] = name
+        elif name == "recovery.after_restore" and begun[0] == "snapshot.before_capture":
+            kinds.append(("live", step))  # what was restored is a version of this rank's own
         view = views[0]() if views else None
-        if kind is not None and view is not None and step >= 0:
-            witness.tell(Sighting(kind[0], witness.number, kind[1], _digests_of(view)))
+        for what, version in kinds if view is not None and step >= 0 else ():
+            witness.tell(Sighting(what, witness.number, version, _digests_of(view)))
 
     # Of this process only.
     WorkerHost.attach, StateView.__init__ = attached, made  # type: ignore[method-assign]
@@ -299,7 +303,7 @@ def _wait_for_keepers(host: WorkerHost, version: int) -> None:
 def _digests_of(view: StateView) -> dict[str, str]:
     import torch
 
-    state = view.capture()
+    state = view.marked()  # as a step begins or ends; nothing is written, as it may be being copied
     tensors = {piece.spec.name: piece.tensor.detach().cpu().contiguous().reshape(-1) for piece in state.slices}
     return digests({name: t.view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}, state.scalars)
 

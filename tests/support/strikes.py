@@ -275,7 +275,8 @@ def _watch_worker(witness: _Witness, spec: Mapping[str, Any]) -> None:
     def look(name: str, step: int) -> None:
         if name == "step.begin" and witness.has_plans:
             _wait_for_keepers(hosts[0], step - 1)
-        kinds = {"step.after_update": [("live", step + 1)], "recovery.after_restore": [("restored", step)]}.get(name, [])
+        seen = {"step.after_update": [("live", step + 1)], "recovery.after_restore": [("restored", step)]}
+        kinds = seen.get(name, [])
         if name in {"recovery.before_restore", "snapshot.before_capture"}:
             begun[0] = name
         elif name == "recovery.after_restore" and begun[0] == "snapshot.before_capture":

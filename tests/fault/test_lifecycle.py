@@ -568,19 +568,20 @@ def test_a_stop_while_a_lost_rank_is_replaced_saves_what_memory_holds(
 def test_a_worker_that_dies_at_each_restart_ends_the_run_with_its_history(
     max_failures: int, code: int, faults: int, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Behind the fence, because version 4 has to be complete for the run to go back to it.
-    dies = ["sigkill rank=1 step=4 at=step.before_update", *["sigkill rank=1 step=4 at=recovery.before_restore"] * 5]
+    # At whatever version: on a busy machine keepers are some behind.
+    again = [f"sigkill rate=1 ranks=1-1 from=1 seed={number} at=recovery.before_restore" for number in range(5)]
+    dies = ["sigkill rank=1 step=4 at=step.before_update", *again]
     result = train(_config(tmp_path, corpus, steps=8, faults=dies, max_failures=max_failures))
     assert (result.outcome, result.exit_code) == ("failed", code)
     assert result.reason.count("(rank 1) at step") == result.reason.count("killed by SIGKILL") == faults
     folders = sorted((result.run_dir / "failures").iterdir())
     assert [folder.name for folder in folders] == [f"{n:04d}" for n in range(1, faults + 1)]
     for folder in folders:
-        assert "chaos: sigkill rank=1 step=4" in (folder / "rank00001.tail.txt").read_text()
+        assert "chaos: sigkill rank=1 step=" in (folder / "rank00001.tail.txt").read_text()
         assert (folder / "driver.tail.txt").exists()
         assert (folder / "summary.json").exists()
     said = capfd.readouterr().out
-    assert f"END   failed (exit code {code}): step 4 of 8" in said
+    assert re.search(rf"END   failed \(exit code {code}\): step [1-4] of 8", said)
     is_saved = bool(_checkpoints(result.run_dir))
     assert is_saved == (code == 1)  # what made no progress is not trusted
     assert ("saved no checkpoint" in said) == (not is_saved)

@@ -27,7 +27,7 @@ from holdfast.adapters.method import Method, Site
 from holdfast.adapters.metrics import RoutingStats, boundary_jump, measure_routing
 from holdfast.adapters.peft import load_peft, save_peft
 from holdfast.adapters.registry import create_method, method_names, register
-from holdfast.adapters.store import Sidecar, load_adapters, read_sidecar, save_adapters
+from holdfast.adapters.store import Sidecar, append_adapters, load_adapters, read_sidecar, save_adapters
 from holdfast.adapters.tasks import abandon_task, finish_task, penalty, start_task, use_tasks, using_tasks
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Site",
     "abandon_task",
     "adapters_of",
+    "append_adapters",
     "base_fingerprint",
     "boundary_jump",
     "collect_inputs",

@@ -27,6 +27,7 @@ from holdfast.errors import ConfigurationError, ManifestMismatch
 __all__ = [
     "FORMAT_VERSION",
     "Sidecar",
+    "append_adapters",
     "finished_tasks",
     "fit_adapters",
     "load_adapters",
@@ -109,17 +110,37 @@ def load_adapters(model: nn.Module, directory: Path) -> Adapters:
     return adapters
 
 
+def append_adapters(model: nn.Module, directories: Sequence[Path]) -> None:
+    """Put what was saved task by task behind the model's own finished tasks.
+
+    Everything is checked before the model is touched. Raises: as :func:`load_adapters`; ConfigurationError for a task
+    that is there already.
+    """
+    adapters, base = adapters_of(model), base_fingerprint(model) if directories else ""
+    found, names = list[dict[str, Tensor]](), list(adapters.tasks)
+    for directory in directories:
+        sidecar = read_sidecar(directory)
+        _need_base(sidecar, base, directory)
+        _compare(adapters, sidecar, directory)
+        if twice := [name for name in sidecar.tasks if name in names]:
+            raise ConfigurationError(f"{directory} holds {', '.join(twice)}, and the model has {', '.join(names)}")
+        names += sidecar.tasks
+        tensors = _read_tensors(directory, sidecar)
+        keys = [f"{layer}.{task}." for task in range(len(sidecar.tasks)) for layer in adapters.layers]
+        found += [_of_task(tensors, key) for key in keys]
+    layers = list(adapters.layers.values())
+    for number, rows in enumerate(found):
+        layers[number % len(layers)].append(rows)
+    adapters.tasks[:] = names
+
+
 def fit_adapters(model: nn.Module, sidecar: Sidecar, directory: Path) -> Adapters:
     """The model's own adapters if they are of the kind that ``directory`` holds, or new ones without any task.
 
     Raises: ManifestMismatch for another base, method, choice of options or layers; ConfigurationError while a task is
     being trained. The model is then as it was.
     """
-    if (base := base_fingerprint(model)) != sidecar.base:
-        raise ManifestMismatch(
-            f"the adapters in {directory} belong to base weights {sidecar.base[:16]}…, this model has {base[:16]}…; "
-            "load the weights, in the dtype, that they were trained on"
-        )
+    _need_base(sidecar, base_fingerprint(model), directory)
     if hasattr(model, ATTRIBUTE):
         adapters = adapters_of(model)
         _compare(adapters, sidecar, directory)
@@ -158,6 +179,14 @@ def _read_tensors(directory: Path, sidecar: Sidecar) -> dict[str, Tensor]:
     if (digest := hashlib.sha256(data).hexdigest()) != sidecar.digest:
         raise ManifestMismatch(f"{path} has sha256 {digest[:16]}…, not {sidecar.digest[:16]}…: it is damaged")
     return decode(data, str(path))
+
+
+def _need_base(sidecar: Sidecar, base: str, directory: Path) -> None:
+    if base != sidecar.base:
+        raise ManifestMismatch(
+            f"the adapters in {directory} belong to base weights {sidecar.base[:16]}…, this model has {base[:16]}…; "
+            "load the weights, in the dtype, that they were trained on"
+        )
 
 
 def _compare(adapters: Adapters, sidecar: Sidecar, directory: Path) -> None:

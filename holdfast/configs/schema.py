@@ -8,7 +8,7 @@ from enum import Enum
 from holdfast.fault_tolerance.config import ChaosConfig, RecoveryConfig, SnapshotConfig
 from holdfast.optim.config import OptimConfig
 from holdfast.parallel.config import ParallelConfig
-from holdfast.trainer.config import DataConfig, ModelConfig, TrackerConfig, TrainerConfig
+from holdfast.trainer.config import AdapterConfig, DataConfig, ModelConfig, TrackerConfig, TrainerConfig
 
 __all__ = ["LaunchConfig", "LaunchKind", "RunConfig"]
 
@@ -62,6 +62,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)

@@ -1,4 +1,5 @@
-"""What a configuration must obey before any process starts. All problems are found together; no torch, no Hydra."""
+"""What a configuration must obey before any process starts. All problems are found together; no Hydra, and no torch
+unless there are adapters."""
 
 from __future__ import annotations
 
@@ -149,6 +150,11 @@ _RULES: Mapping[str, _Rule] = {
     "trainer.log_every": _POSITIVE_COUNT,
     "trainer.eval_every": (partial(_is_at_least, 0), "at least 0, where 0 evaluates at the end only"),
     "trainer.generate_bytes": _COUNT,
+    "adapter.task": (_is_name_or_empty, _NAME),
+    "adapter.base": (_is_absolute_or_empty, _ABSOLUTE),
+    "adapter.tasks": (lambda paths: all(map(_is_absolute_or_empty, paths)), _ABSOLUTE),
+    "adapter.rounds": _POSITIVE_COUNT,
+    "adapter.least_gain": (lambda v: 0 <= v < math.inf, "at least 0"),
     "data.seq_len": _POSITIVE_COUNT,
     "data.validation_share": (lambda v: 0 < v < 1, "between 0 and 1, both excluded: both parts need text"),
     "data.cache": (_is_absolute_or_empty, _ABSOLUTE),
@@ -324,6 +330,34 @@ _NOT_FOR_TRAINING = {
 }
 
 
+def _adapter(config: RunConfig) -> Iterator[str]:
+    adapter, parallel = config.adapter, config.parallel
+    if not adapter.method:
+        for key in ("options", "base", "tasks", "task", "seen"):
+            if getattr(adapter, key):
+                yield f"adapter.{key}={getattr(adapter, key)!r} is of a method, and there is none; set adapter.method"
+        return
+    if parallel.pipeline > 1:
+        yield f"adapter.method={adapter.method} with parallel.pipeline={parallel.pipeline}: adapters have no pipeline"
+    if parallel.zero_stage == 3:
+        yield f"adapter.method={adapter.method} with parallel.zero_stage=3: the base is whole on every rank; use 2"
+    if not adapter.base:
+        yield "adapter.base is empty: adapters need frozen weights, such as <run>/export/model.safetensors"
+    if not check_model(config.model):
+        yield from _adapter_problems(config)
+
+
+def _curriculum(config: RunConfig) -> Iterator[str]:
+    if config.adapter.domains:
+        yield f"adapter.domains={config.adapter.domains} are learned by holdfast adapt; one run learns adapter.task"
+
+
+def _adapter_problems(config: RunConfig) -> list[str]:
+    from holdfast.trainer.adapting import problems_of  # torch, which all other rules can do without
+
+    return problems_of(config.adapter, config.model)
+
+
 def _data(config: RunConfig) -> Iterator[str]:
     source, path = config.data.source, config.data.path
     if source is DataSource.LOCAL and path:
@@ -335,10 +369,14 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 
 def _missing_files(config: RunConfig) -> list[str]:
-    path = config.data.path
-    if config.data.source is DataSource.LOCAL or not path or Path(path).exists():
-        return []
-    return [f"data.path={path!r} does not exist on this machine, which reads it before the workers start"]
+    paths = {f"adapter.seen.{name}": path for name, path in config.adapter.seen.items()}
+    if config.data.source is not DataSource.LOCAL and config.data.path:
+        paths["data.path"] = config.data.path
+    return [
+        f"{key}={path!r} does not exist on this machine, which reads it before the workers start"
+        for key, path in paths.items()
+        if not Path(str(path)).exists()
+    ]
 
 
 def _batch(config: RunConfig) -> Iterator[str]:
@@ -468,6 +506,8 @@ _PARTS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _single_values,
     _model,
     _optim,
+    _adapter,
+    _curriculum,
     _data,
     _pipeline,
     _stage_repair,
@@ -497,7 +537,11 @@ def state_bytes(config: RunConfig) -> int:
 
 
 def _parameters_of_process(config: RunConfig) -> int:
-    """Of the one that has most."""
+    """That train, of the one that has most."""
+    if config.adapter.method:
+        from holdfast.trainer.adapting import trainable_elements
+
+        return 0 if _adapter_problems(config) else trainable_elements(config.adapter, config.model)
     try:
         plan = pipeline_plan(config) if config.parallel.pipeline > 1 else None
     except ConfigurationError:  # reported already

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from holdfast import knobs
 from holdfast.configs import validate
@@ -16,17 +17,23 @@ from holdfast.trainer.config import TrackerName, WandbMode
 from holdfast.trainer.sizing import parameter_count
 from holdfast.trainer.token_store import TokenStore
 
+if TYPE_CHECKING:
+    from holdfast.trainer.adapting import Bricks
+
 __all__ = ["banner"]
 
 _REASONS = 3
 """Runs that were passed over, each with its reason; more would push the rest off the screen."""
 
 
-def banner(config: RunConfig, run_dir: RunDir, attempt: int, store: TokenStore, how: str) -> Mapping[str, str]:
+def banner(
+    config: RunConfig, run_dir: RunDir, attempt: int, store: TokenStore, how: str, bricks: Bricks | None = None
+) -> Mapping[str, str]:
     """Facts in the order they are shown."""
     facts = {
         "run": f"{run_dir.run_id}  attempt {attempt}\n" + ", ".join(f"{k} {v}" for k, v in versions().items()),
         "devices": _devices(config),
+        **({"adapter": _adapter(config, bricks)} if bricks else {}),
         "memory": _memory(config),
         "data": corpus.describe(store),
         **({"storage": checkpoints_uri(config, run_dir)} if config.snapshot.storage else {}),
@@ -59,6 +66,18 @@ def _devices(config: RunConfig) -> str:
         f"{launch.nodes} nodes x {launch.workers_per_node} ranks ({started}), {launch.spares} spare, {device}; "
         f"zero={parallel.zero_stage}{_pipeline(config)} {parallel.precision.value}; model {config.model.name} "
         f"{parameter_count(config.model) / 1e6:.2f} M parameters, {config.optim.name.value}"
+    )
+
+
+def _adapter(config: RunConfig, bricks: Bricks) -> str:
+    from holdfast.trainer.adapting import trainable_elements
+
+    adapter = config.adapter
+    options = ", ".join(f"{name}={value}" for name, value in adapter.options.items())
+    return (
+        f"{adapter.method}({options}) learns {adapter.task} on {len(adapter.tasks)} finished tasks: "
+        f"{trainable_elements(adapter, config.model):,} elements train\n"
+        f"frozen: base {bricks.base[:8]}… and these tasks, {size(bricks.size_bytes)} read from files, in no snapshot"
     )
 
 

@@ -237,6 +237,12 @@ def _inject(words: Sequence[str]) -> int:
     return inject(words)
 
 
+def _adapt(words: Sequence[str]) -> int:
+    from holdfast.launch.adapt_command import adapt
+
+    return adapt(words)
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
     does: str
@@ -245,6 +251,7 @@ class _Command:
 
 _COMMANDS: Mapping[str, _Command] = {
     "train": _Command("train a language model: GROUP=OPTION and KEY=VALUE say how", _train),
+    "adapt": _Command("teach a frozen model one domain after the other; route and write with what it learned", _adapt),
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
     "inject": _Command("break something in a run that is going on, to see it recover", _inject),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from holdfast import knobs
 from holdfast.clock import SystemClock
@@ -43,6 +44,9 @@ from holdfast.trainer.snapshot_cost import CostMeter
 from holdfast.trainer.token_store import TokenStore
 from holdfast.trainer.trackers import Tracker, build_tracker
 from holdfast.types import StepReport
+
+if TYPE_CHECKING:
+    from holdfast.trainer.adapting import Bricks
 
 __all__ = ["Result", "run", "train"]
 
@@ -77,17 +81,49 @@ def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) 
     """Check, find or make the run, drive it to its end. Raises: ConfigurationError before anything has started."""
     config = replace(config, root=config.root or str(knobs.home()))
     validate.refuse_bad(config)
-    store = corpus.prepare(config.data, Path(config.data.cache or Path(config.root, "cache")))
-    digest = identity.config_digest({**to_plain(config), "text": store.digest})
+    material = _material(config)
+    plain = {key: value for key, value in to_plain(config).items() if key != "adapter" or config.adapter.method}
+    digest = identity.config_digest({**plain, **material.digests})
     opening = open_run(config, digest)
     if opening.is_finished:
         return _nothing_to_do(opening)
     with opening.run_dir.lock():
         try:
-            drive = _Drive(config, opening, store, digest, overrides, command)
+            drive = _Drive(config, opening, material, digest, overrides, command)
         except SnapshotError as error:  # nothing has started yet
             raise ConfigurationError(f"run {opening.run_dir.run_id} cannot be driven: {error}") from error
         return drive.to_the_end()
+
+
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """What a run reads and never writes."""
+
+    store: TokenStore
+    seen: Mapping[str, TokenStore]
+    bricks: Bricks | None
+
+    @property
+    def digests(self) -> dict[str, object]:
+        """Besides the configuration they decide what is computed."""
+        frozen = {} if self.bricks is None else {"bricks": [self.bricks.base, *self.bricks.tasks]}
+        return {"text": self.store.digest, **frozen}
+
+
+def _material(config: RunConfig) -> _Material:
+    cache = Path(config.data.cache or Path(config.root, "cache"))
+    seen = {
+        name: corpus.prepare(replace(config.data, path=str(path)), cache) for name, path in config.adapter.seen.items()
+    }
+    bricks = None
+    if config.adapter.method:
+        from holdfast.trainer.adapting import find_bricks  # loads torch
+
+        try:
+            bricks = find_bricks(config.adapter)
+        except SnapshotError as error:  # damage; nothing has started yet
+            raise ConfigurationError(str(error)) from error
+    return _Material(corpus.prepare(config.data, cache), seen, bricks)
 
 
 def _nothing_to_do(opening: Opening) -> Result:
@@ -97,7 +133,8 @@ def _nothing_to_do(opening: Opening) -> Result:
         f"To go farther: holdfast train run_id={opening.run_dir.run_id} trainer.max_steps={2 * ended['step']} "
         "and the options it was started with\n"
     )
-    return Result("finished", 0, int(ended["step"]), "the goal was reached before", opening.run_dir.path)
+    findings = ended.get("findings", {})
+    return Result("finished", 0, int(ended["step"]), "the goal was reached before", opening.run_dir.path, findings)
 
 
 class _Drive:
@@ -107,12 +144,12 @@ class _Drive:
         self,
         config: RunConfig,
         opening: Opening,
-        store: TokenStore,
+        material: _Material,
         digest: str,
         overrides: Sequence[str],
         command: Sequence[str],
     ) -> None:
-        self._config, self._opening, self._store, self._digest = config, opening, store, digest
+        self._config, self._opening, self._material, self._digest = config, opening, material, digest
         self._run_dir, self._plain = opening.run_dir, to_plain(config)
         self._attempt = self._run_dir.begin_attempt(
             config=self._plain,
@@ -149,7 +186,9 @@ class _Drive:
                 on_stop=signals.ask,
             )
             sinks = _Sinks(self._run_dir, self._attempt, console, tracker)
-            console.banner(banner(config, self._run_dir, self._attempt, self._store, self._opening.how))
+            material = self._material
+            facts = banner(config, self._run_dir, self._attempt, material.store, self._opening.how, material.bricks)
+            console.banner(facts)
             try:
                 return self._conduct(signals, console, tracker, sinks)
             except BaseException as error:  # not swallowed: only noted where the next attempt and the user look
@@ -226,7 +265,9 @@ class _Drive:
                 "config": self._plain,
                 "run_dir": str(self._run_dir.path),
                 "attempt": self._attempt,
-                "store": str(self._store.path),
+                "store": str(self._material.store.path),
+                "seen": {name: str(store.path) for name, store in self._material.seen.items()},
+                "base_digest": self._material.bricks.base if self._material.bricks else "",
                 "config_digest": self._digest,
             },
             keeper={
@@ -275,12 +316,15 @@ class _Drive:
                 step=verdict.step,
                 reason=verdict.reason,
                 world=len(verdict.nodes) * self._config.launch.workers_per_node,
+                findings=verdict.findings,
             )
         except HoldfastError as error:  # a full disk; that makes the run no worse than it is
             return {"record": f"run.json does not know how it ended: {error}"}
         return {}
 
     def _next(self, verdict: Verdict) -> str:
+        if verdict.outcome == "finished" and self._command[:2] == ("holdfast", "adapt"):
+            return ""  # the next domain follows by itself
         if verdict.outcome == "finished":
             return self._again({"trainer.max_steps": str(2 * self._config.trainer.max_steps)})
         if verdict.exit_code in (_UNEXPECTED, _DO_NOT_RESTART) and "not_exported" not in verdict.findings:
@@ -293,6 +337,8 @@ class _Drive:
 
 def _with_changes(command: Sequence[str], overrides: Sequence[str], changes: Mapping[str, str]) -> str:
     """What continues a run: the same options, because others would make another run."""
+    if tuple(command[:2]) == ("holdfast", "adapt"):  # which names the run itself
+        return shlex.join(command)
     new = [f"{key}={value}" for key, value in changes.items()]
     if tuple(command[:2]) != ("holdfast", "train"):
         return f"the same configuration with {', '.join(new)}"

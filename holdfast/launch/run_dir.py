@@ -185,12 +185,21 @@ class RunDir:
         self._write({**record, "ended": None, "attempts": [*record["attempts"], attempt]})
         return number
 
-    def end_attempt(self, outcome: str, exit_code: int, *, step: int, reason: str = "", world: int = 0) -> None:
-        """Note how the newest attempt, and with it the run, has ended: ``finished``, ``stopped`` or ``failed``; and the
-        number of ranks that took part last, 0 if nothing had started."""
+    def end_attempt(
+        self,
+        outcome: str,
+        exit_code: int,
+        *,
+        step: int,
+        reason: str = "",
+        world: int = 0,
+        findings: Mapping[str, object] | None = None,
+    ) -> None:
+        """Note how the newest attempt, and with it the run, has ended: ``finished``, ``stopped`` or ``failed``; the
+        number of ranks that took part last, 0 if nothing had started; and what it has to show, as JSON values."""
         record = self.record()
         ended = {"outcome": outcome, "exit_code": exit_code, "step": step, "reason": reason, "time": self._clock()}
-        ended["world"] = world
+        ended |= {"world": world, "findings": dict(findings or {})}
         *before, last = record["attempts"]
         self._write({**record, "ended": ended, "attempts": [*before, {**last, "ended": ended}]})
 

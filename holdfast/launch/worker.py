@@ -59,7 +59,13 @@ class WorkerHost:
     def __init__(self, spec: Mapping[str, object]) -> None:
         self._config: RunConfig = from_plain(cast(Mapping[str, Any], spec["config"]))
         self._run_dir, self._attempt = Path(str(spec["run_dir"])), int(cast(int, spec["attempt"]))
-        self._job = Job(self._config, str(spec["store"]), str(self._run_dir / "export"))
+        self._job = Job(
+            self._config,
+            str(spec["store"]),
+            str(self._run_dir / "export"),
+            base_digest=str(spec["base_digest"]),
+            seen=cast(Mapping[str, str], spec["seen"]),
+        )
         self._config_digest = str(spec["config_digest"])
         torch.set_num_threads(self._config.launch.threads_per_worker)  # of any fleet: results depend on it to the bit
         self._heart = Heart(self._config.recovery.heartbeat_s)

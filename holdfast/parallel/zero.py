@@ -150,6 +150,12 @@ class ZeroEngine(OneByOne):
         finally:
             self._engine.train()
 
+    @property
+    def model(self) -> nn.Module:
+        """What was given, with weights of the precision that trains; do not keep it."""
+        model: nn.Module = self._engine.module
+        return model
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def slices(self) -> Sequence[StateSlice]:

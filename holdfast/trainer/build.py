@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from holdfast import failpoints
+from holdfast.adapters import using_tasks
 from holdfast.fault_tolerance.config import RecoveryConfig, SnapshotConfig
 from holdfast.fault_tolerance.stage_policy import StageRepair
 from holdfast.optim.config import OptimConfig
@@ -19,8 +20,10 @@ from holdfast.parallel.config import ParallelConfig
 from holdfast.parallel.microbatches import Microbatch
 from holdfast.parallel.pipeline_engine import PipelineEngine
 from holdfast.parallel.pipeline_plan import replicas
+from holdfast.parallel.zero import ZeroEngine
 from holdfast.trainer import tokenizer
-from holdfast.trainer.config import DataConfig, ModelConfig, NonFinite, TrainerConfig
+from holdfast.trainer.adapting import AdapterTask
+from holdfast.trainer.config import AdapterConfig, DataConfig, ModelConfig, NonFinite, TrainerConfig
 from holdfast.trainer.data import Batches, target_bytes
 from holdfast.trainer.engines import Work, build_engine
 from holdfast.trainer.evaluate import evaluate
@@ -49,6 +52,7 @@ class Options(Protocol):
     trainer: TrainerConfig
     model: ModelConfig
     data: DataConfig
+    adapter: AdapterConfig
     optim: OptimConfig
     parallel: ParallelConfig
     snapshot: SnapshotConfig
@@ -69,6 +73,10 @@ class Job:
     store: str
     """Directory of the token store."""
     export_dir: str
+    base_digest: str = ""
+    """Of the frozen base, if there is one."""
+    seen: Mapping[str, str] = field(default_factory=dict)
+    """Token stores of earlier tasks, by their names."""
 
     @property
     def device(self) -> torch.device:
@@ -110,20 +118,20 @@ class RankRun:
         self._job, self._comm, self._watcher, self._note = job, comm, watcher, note
         self._boundaries = boundaries
         options = job.options
-        self._batches = Batches.open(
-            job.store,
-            seed=options.seed,
-            seq_len=options.data.seq_len,
-            global_batch=options.trainer.global_batch,
-            micro_batch=options.trainer.micro_batch,
-            rank=comm.rank // options.parallel.pipeline,
-            world=replicas(options.parallel, comm.world),
-        )
+        self._batches = self._open(job.store, comm.rank // options.parallel.pipeline)
         torch.manual_seed(options.seed + comm.rank)  # whatever else this process has drawn
         trainer, shares = options.trainer, replicas(options.parallel, comm.world)
         work = Work(trainer.micro_batch, trainer.global_batch // (trainer.micro_batch * shares), options.data.seq_len)
+        self._task = self._adapter_task() if options.adapter.method else None
         self._engine = build_engine(
-            options, options.model, job.device, work, rank=comm.rank, world=comm.world, observer=boundaries
+            options,
+            options.model,
+            job.device,
+            work,
+            rank=comm.rank,
+            world=comm.world,
+            observer=boundaries,
+            model=self._task.begin(job.device) if self._task else None,
         )
         self.view = StateView(TrainState(), self._engine, rank=comm.rank)
         steps = options.trainer.max_steps
@@ -151,19 +159,28 @@ class RankRun:
         step = self.view.train.step
         self._watcher.enter(Phase.EVALUATE, step)
         bits, windows = self._measure(step)
+        row = self._measure_seen(step) if self._task else {}
         self._watcher.enter(Phase.EXPORT, step)
         failpoints.hit("export.begin", step)
         weights = self._engine.full_weights()
         if self._comm.rank != 0:
             return {}
-        text = _sample(self._job.options, weights)
-        found = {"step": step, "bits_per_byte": bits, "windows": windows, "text": text}
-        path = Path(self._job.export_dir) / "model.safetensors"
+        model = self._task.finish(weights) if self._task else _decoder(self._job.options, weights)
+        found = {"step": step, "bits_per_byte": bits, "windows": windows, **row}
+        found["text"] = _sample(self._job.options, model)
         try:
-            export_weights(weights, path, metadata={"format": "pt", "step": str(step)})
+            return {**found, "weights": str(self._write(model, weights, step))}
         except OSError as error:
             return {**found, "not_exported": str(error)}
-        return {**found, "weights": str(path)}
+
+    def _write(self, model: Decoder, weights: Mapping[str, torch.Tensor], step: int) -> Path:
+        """What was trained, to the disk. Raises: OSError."""
+        folder = Path(self._job.export_dir)
+        if self._task is not None:
+            self._task.save(model, folder / "adapter")
+            return folder / "adapter"
+        export_weights(weights, folder / "model.safetensors", metadata={"format": "pt", "step": str(step)})
+        return folder / "model.safetensors"
 
     def heal(self, repairs: Sequence[StageRepair]) -> None:
         """Collective. Fit stages that were made from others to what their neighbours have logged."""
@@ -184,11 +201,31 @@ class RankRun:
             self._boundaries.step = step
         return [self._on_device(tokens, targets) for tokens, targets in self._batches.microbatches(step)]
 
-    def _validation(self) -> Iterator[Microbatch]:
+    def _validation(self, batches: Batches) -> Iterator[Microbatch]:
         trainer = self._job.options.trainer
-        for tokens, targets in self._batches.validation(trainer.eval_windows, trainer.micro_batch):
+        for tokens, targets in batches.validation(trainer.eval_windows, trainer.micro_batch):
             self._watcher.check()
             yield self._on_device(tokens, targets)
+
+    def _open(self, store: str, rank: int, world: int = 0) -> Batches:
+        """A share of the batches; by default that of one replica among all."""
+        options = self._job.options
+        return Batches.open(
+            store,
+            seed=options.seed,
+            seq_len=options.data.seq_len,
+            global_batch=options.trainer.global_batch,
+            micro_batch=options.trainer.micro_batch,
+            rank=rank,
+            world=world or replicas(options.parallel, self._comm.world),
+        )
+
+    def _adapter_task(self) -> AdapterTask:
+        """What methods look at is the first batch, whole on every rank."""
+        options, whole = self._job.options, self._open(self._job.store, 0, 1)
+        return AdapterTask(
+            options.adapter, options.model, options.seed, self._job.base_digest, lambda: whole.microbatches(0)
+        )
 
     def _on_device(self, tokens: torch.Tensor, targets: torch.Tensor) -> Microbatch:
         return tokens.to(self._job.device), targets.to(self._job.device), target_bytes(targets)
@@ -201,8 +238,25 @@ class RankRun:
     def _measure(self, step: int) -> tuple[float, int]:
         """Collective. Bits per byte of held-out text, and in how many windows."""
         self._measure_stages(step)
-        bits = evaluate(self._engine, self._comm, self._validation(), step)
+        if self._task is not None and isinstance(self._engine, ZeroEngine):
+            self._task.count(self._engine.model, step)
+        bits = evaluate(self._engine, self._comm, self._validation(self._batches), step)
         return bits, self._job.options.trainer.eval_windows
+
+    def _measure_seen(self, step: int) -> Mapping[str, object]:
+        """Collective. Bits per byte of earlier tasks' held-out text with this task on top, and of this one's own text
+        with the earlier tasks only, and with none."""
+        assert isinstance(self._engine, ZeroEngine), "adapters have no pipeline"
+        stores = {name: self._open(store, self._comm.rank) for name, store in self._job.seen.items()}
+        row = {
+            name: evaluate(self._engine, self._comm, self._validation(batches), step)
+            for name, batches in stores.items()
+        }
+        without = []
+        for first in (len(self._job.options.adapter.tasks), 0):
+            with using_tasks(self._engine.model, first=first):
+                without.append(evaluate(self._engine, self._comm, self._validation(self._batches), step))
+        return {"row": row, "before_bits_per_byte": without[0], "base_bits_per_byte": without[1]}
 
     def _measure_stages(self, step: int) -> None:
         """Collective. How much each stage between the ends changes what passes it: little means that it can be missed,
@@ -219,10 +273,14 @@ class RankRun:
             self._note({"event": "stages_measured", "step": step, "angular_distance": angles})
 
 
-def _sample(options: Options, weights: Mapping[str, torch.Tensor]) -> str:
-    """Text from the trained weights, alone in fp32 on the CPU; the same on every machine that computes alike."""
+def _decoder(options: Options, weights: Mapping[str, torch.Tensor]) -> Decoder:
     model = Decoder(options.model)
     model.load_state_dict(dict(weights))
+    return model
+
+
+def _sample(options: Options, model: Decoder) -> str:
+    """Text from trained weights, alone in fp32 on the CPU; the same on every machine that computes alike."""
     prompt = [tokenizer.BOS, *tokenizer.encode(options.trainer.prompt)]
     ids = generate(
         model,

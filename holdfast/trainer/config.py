@@ -1,11 +1,13 @@
-"""Options of model, data, training loop and trackers."""
+"""Options of model, adapters, data, training loop and trackers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 __all__ = [
+    "AdapterConfig",
     "DataConfig",
     "DataSource",
     "ModelConfig",
@@ -45,6 +47,34 @@ class ModelConfig:
     """Use the token embedding as output head."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """Train the adapters of one task on a frozen model instead of the whole model."""
+
+    method: str = ""
+    """Which adapter method, see ``holdfast adapt --list``; empty trains the whole model."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the method: ``adapter.options.rank=8`` for one of them, ``adapter.options={rank: 8}`` for several."""
+    target_modules: list[str] = field(default_factory=lambda: ["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"])
+    """Linear layers by their names or the ends of these; ``["all-linear"]``; or one regular expression that begins
+    with ^ and matches whole names."""
+    base: str = ""
+    """Safetensors file of the frozen weights, such as a run exports."""
+    tasks: list[str] = field(default_factory=list)
+    """Directories of the adapters of finished tasks, oldest first."""
+    task: str = ""
+    """Name of the task that is trained; letters, digits, '.', '_' and '-'."""
+    seen: dict[str, Any] = field(default_factory=dict)
+    """Text of earlier tasks by their names, read like ``data.path``: it is evaluated too at the end."""
+    domains: list[str] = field(default_factory=list)
+    """Of ``holdfast adapt``: files or directories to learn one after the other, NAME:PATH or PATH, named after its
+    last part."""
+    rounds: int = 1
+    """Of ``holdfast adapt``: tasks for each domain, each on top of those before it."""
+    least_gain: float = 0.002
+    """Of ``holdfast adapt``: bits per byte; a round that gains less is the last of its domain."""
 
 
 class DataSource(Enum):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from holdfast import optim
 from holdfast.fault_tolerance.config import RecoveryConfig, StageConfig
@@ -52,13 +53,15 @@ def build_engine(
     rank: int,
     world: int,
     observer: Observer | None = None,
+    model: nn.Module | None = None,
 ) -> ZeroEngine | PipelineEngine:
-    """Collective. Freshly initialised. ``observer`` is of a pipeline."""
+    """Collective. Freshly initialised, or with ``model``, the only reference to it. ``observer`` is of a pipeline."""
     if options.parallel.pipeline > 1:
         return _build_pipeline(options, config, device, work, rank=rank, world=world, observer=observer)
-    model = Decoder(config)
-    initialise(model, options.seed)
-    model.to(device)
+    if model is None:
+        model = Decoder(config)
+        initialise(model, options.seed)
+        model.to(device)
     return ZeroEngine(
         model,
         optim.parameter_groups(model, options.optim),

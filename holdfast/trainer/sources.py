@@ -87,7 +87,9 @@ def _whole(text: bytes) -> Callable[[], Iterator[Piece]]:
 # -- the user's own files ---------------------------------------------------------------------------------------------
 
 _SUFFIXES: Mapping[DataSource, tuple[str, ...]] = {
-    DataSource.TEXT: (".txt", ".text", ".md", ".rst"),
+    DataSource.TEXT: tuple(
+        ".txt .text .md .rst .tex .html .py .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .sh .sql".split()
+    ),
     DataSource.JSONL: (".jsonl", ".ndjson"),
     DataSource.PARQUET: (".parquet", ".pq"),
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from holdfast.adapters import (
     adapters_of,
+    append_adapters,
     base_fingerprint,
     collect_inputs,
     create_method,
@@ -254,3 +255,31 @@ def test_the_fingerprint_is_that_of_the_bare_model() -> None:
     assert base_fingerprint(model) == bare
     model[0].base.weight.data[0, 0] += 1
     assert base_fingerprint(model) != bare
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_tasks_that_are_saved_one_by_one_act_together_as_before(name: str, tmp_path: Path) -> None:
+    model = _trained(name, tasks=3)
+    for task in adapters_of(model).tasks[:1] if not adapters_of(model).method.keeps_tasks else adapters_of(model).tasks:
+        save_adapters(model, tmp_path / task, only=task)
+    if not adapters_of(model).method.keeps_tasks:  # what is left of the first tasks is in the last
+        save_adapters(model, tmp_path / "t2", only="t2")
+    fresh = _model()
+    inject(fresh, create_method(name, {"rank": 2, "scale": 2.0}), ["0"])
+    directories = sorted(tmp_path.iterdir())
+    append_adapters(fresh.eval(), directories[:1])
+    append_adapters(fresh, directories[1:])
+    for mine, theirs in zip(_outputs(fresh), _outputs(model), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_task_is_not_appended_twice_nor_to_another_base(tmp_path: Path) -> None:
+    model = _trained("mora", tasks=1)
+    save_adapters(model, tmp_path)
+    with pytest.raises(ConfigurationError, match="holds t0, and the model has t0"):
+        append_adapters(model, [tmp_path])
+    other = _model(seed=1)
+    inject(other, create_method("mora", {"rank": 2, "scale": 2.0}), ["0"])
+    with pytest.raises(ManifestMismatch, match="belong to base weights"):
+        append_adapters(other, [tmp_path])
+    assert adapters_of(other).tasks == []

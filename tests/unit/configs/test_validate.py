@@ -565,3 +565,46 @@ def test_checking_loads_neither_torch_nor_hydra() -> None:
     code = "import sys; from holdfast.configs import validate; print({'torch', 'hydra', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def adapted(**values: Any) -> RunConfig:
+    return changed(**{"adapter__method": "mora", "adapter__base": "/base", "adapter__task": "one", **values})
+
+
+def test_an_adapter_run_is_sound_and_needs_memory_for_its_task_only() -> None:
+    config = adapted(adapter__options={"rank": 4})
+    assert check(config, BIG) == []
+    model = config.model
+    kv = model.d_model // model.n_heads * model.n_kv_heads
+    pairs = [(model.d_model, model.d_model)] * 2 + [(model.d_model, kv)] * 2 + [(model.d_model, model.d_ff)] * 3
+    elements = model.n_layers * 4 * sum(map(sum, pairs))
+    whole = changed()
+    assert state_bytes(config) / state_bytes(whole) == pytest.approx(elements / parameter_count(model), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"adapter__base": ""}, "adapter.base is empty"),
+        ({"adapter__base": "model.safetensors"}, "adapter.base='model.safetensors' must be absolute"),
+        ({"adapter__tasks": ["tasks/one"]}, "adapter.tasks=['tasks/one'] must be absolute"),
+        ({"adapter__task": "a/b"}, "adapter.task='a/b' must be letters"),
+        ({"adapter__method": "morra"}, "'morra' does not exist"),
+        ({"adapter__options": {"rank": -1}}, "rank=-1 must be at least 1"),
+        ({"adapter__domains": ["/text"]}, "are learned by holdfast adapt"),
+        ({"adapter__rounds": 0}, "adapter.rounds=0 must be at least 1"),
+        ({"parallel__zero_stage": 3}, "the base is whole on every rank"),
+        ({"adapter__method": "", "adapter__task": ""}, "adapter.base='/base' is of a method, and there is none"),
+    ],
+)
+def test_adapter_options_that_cannot_be(values: dict[str, Any], word: str) -> None:
+    (problem,) = check(adapted(**values), BIG)
+    assert word in problem
+
+
+def test_adapters_have_no_pipeline() -> None:
+    values = {"parallel__pipeline": 2, "launch__nodes": 2, "trainer__global_batch": 16}
+    assert any("adapters have no pipeline" in problem for problem in check(adapted(**values), BIG))

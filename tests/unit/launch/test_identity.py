@@ -74,6 +74,7 @@ def test_the_free_keys_are_pinned() -> None:
         *("trainer.generate_bytes", "trainer.prompt", "data.cache", "model.name", "parallel.collective_timeout_s"),
         *("trainer.micro_batch", "parallel.zero_stage", "trainer.nonfinite", "trainer.max_nonfinite"),
         *("parallel.pipeline", "parallel.schedule", "parallel.chunks", "parallel.blocks"),
+        *("adapter.base", "adapter.tasks", "adapter.seen", "adapter.domains", "adapter.rounds", "adapter.least_gain"),
     }
 
 

@@ -180,8 +180,9 @@ def test_an_attempt_without_overrides_has_an_empty_list_of_them(tmp_path: Path) 
 def test_attempts_are_counted_and_the_run_has_not_ended_while_one_is_at_work(tmp_path: Path) -> None:
     run = _create(tmp_path)
     _begin(run)
-    run.end_attempt("stopped", 0, step=40, reason="asked to stop", world=2)
+    run.end_attempt("stopped", 0, step=40, reason="asked to stop", world=2, findings={"text": "a"})
     ended = {"outcome": "stopped", "exit_code": 0, "step": 40, "reason": "asked to stop", "time": 1003.0, "world": 2}
+    ended["findings"] = {"text": "a"}
     assert (run.record()["ended"], run.record()["attempts"][0]["ended"]) == (ended, ended)
     assert _begin(run) == 2
     assert run.record()["ended"] is None

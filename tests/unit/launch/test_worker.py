@@ -19,7 +19,15 @@ from tests.support.keepers import attach, make_keeper
 
 @pytest.fixture
 def worker(tmp_path: Path) -> WorkerHost:
-    spec = {"config": to_plain(RunConfig()), "run_dir": str(tmp_path), "attempt": 1, "store": "", "config_digest": ""}
+    spec = {
+        "config": to_plain(RunConfig()),
+        "run_dir": str(tmp_path),
+        "attempt": 1,
+        "store": "",
+        "config_digest": "",
+        "base_digest": "",
+        "seen": {},
+    }
     return WorkerHost(spec)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -40,10 +41,14 @@ from holdfast.adapters.methods.brainstacks import (
     Brainstacks,
     Curriculum,
     Domain,
+    Pairs,
+    PreferencePlan,
+    Preferences,
     base_features,
     check_frozen,
     page_stacks,
     prefix,
+    tune_preferences,
     validate,
 )
 from holdfast.adapters.nf4 import CODEBOOK, GROUP, NF4Linear, Quantised, backends, dequantise, quantise
@@ -442,22 +447,28 @@ def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return loss
 
 
-def test_brainstacks_learn_replay_and_page_on_a_four_bit_decoder(tmp_path: Path) -> None:
+def test_brainstacks_learn_prefer_replay_and_page_on_a_four_bit_decoder(tmp_path: Path) -> None:
     def decoder() -> Decoder:
         model = Decoder(TINY)
         initialise(model, 0)
         assert len(quantise_base(model, exclude=["head.output"])) == 14
         return model
 
-    domains = [
-        Domain(
-            name=name,
-            batches=lambda n, m=name: (_text(m, s) for s in range(99)),
-            loss=_loss,
-            validation=[_text(name, 999)],
-        )
-        for name in ("ones", "threes")
-    ]
+    def tune(model: nn.Module, _: int) -> None:
+        one, three = _text("ones", 7), _text("threes", 7)
+        answer = torch.arange(12).expand(8, -1) > 2
+        pairs = Pairs(chosen=one, rejected=three, chosen_answer=answer, rejected_answer=answer)
+        plan = PreferencePlan(steps=4, evaluate_every=2, lr=1e-2, warmup=0)
+        found = tune_preferences(model, Preferences(train=[pairs], validation=[pairs]), plan)
+        assert found.loss < found.before
+
+    def domain(name: str, **options: Any) -> Domain:
+        def batches(_: int) -> Iterator[Tensor]:
+            return (_text(name, seed) for seed in range(99))
+
+        return Domain(name=name, batches=batches, loss=_loss, validation=[_text(name, 999)], **options)
+
+    domains = [domain("ones", tune=tune), domain("threes")]
     model = decoder()
     bare, base = copy.deepcopy(model), base_fingerprint(model)
     inject(model, Brainstacks(rank=2, experts=2), exclude=["head.output"])
@@ -466,9 +477,9 @@ def test_brainstacks_learn_replay_and_page_on_a_four_bit_decoder(tmp_path: Path)
     check_frozen(model, progress.stacks)
     assert len(progress.stacks) >= 2 and all(stack.loss < stack.before for stack in progress.stacks)
     assert base_fingerprint(model) == base
-    for domain in domains:
-        last = [stack for stack in progress.stacks if stack.domain == domain.name][-1]
-        assert validate(model, domain, prefix(progress.stacks, domain.name)) == last.loss
+    for found in domains:
+        last = [stack for stack in progress.stacks if stack.domain == found.name][-1]
+        assert validate(model, found, prefix(progress.stacks, found.name)) == last.loss
     text = _text("ones", 5)
     with using_tasks(model, first=0):
         assert torch.equal(model(text), bare(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator
@@ -29,9 +30,11 @@ from holdfast.adapters import (
     finish_task,
     inject,
     load_adapters,
+    load_peft,
     merge,
     quantise_base,
     save_adapters,
+    save_peft,
     start_task,
     trainable_parameters,
     using_tasks,
@@ -400,6 +403,37 @@ def test_merging_is_refused_until_the_base_is_dense_again() -> None:
     assert not any(p.requires_grad for p in model[0].parameters() if p is model[0].weight)
     with pytest.raises(ConfigurationError, match="no layer of this Sequential is quantised"):
         dequantise_base(model)
+
+
+def test_a_lora_of_peft_goes_from_one_quantised_base_to_another(tmp_path: Path) -> None:
+    model, other = _model().to(torch.bfloat16), _model().to(torch.bfloat16)
+    for one in (model, other):
+        quantise_base(one)
+    inject(model, create_method("lora", {"rank": 2}))
+    _train_by_hand(model, "a")
+    save_peft(model, tmp_path)
+    load_peft(other, tmp_path)
+    x = _X.bfloat16()
+    y = other.eval()(x)
+    assert torch.equal(y, model.eval()(x))
+    eject(other)
+    assert not torch.equal(other(x), y)
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients() -> None:
+    found = []
+    for is_checkpointed in (False, True):
+        model = Decoder(dataclasses.replace(TINY, activation_checkpointing=is_checkpointed))
+        initialise(model, 0)
+        quantise_base(model, exclude=["head.output"])
+        inject(model, create_method("lora", {"rank": 2}), ["wq", "w_down"])
+        start_task(model, "a")
+        with torch.no_grad():
+            for parameter in trainable_parameters(model):
+                parameter.fill_(0.01)
+        _loss(model.train(), _text("ones", 0)).backward()
+        found.append([p.grad for p in trainable_parameters(model)])
+    assert all(torch.equal(plain, again) and bool(plain.any()) for plain, again in zip(*found, strict=True))
 
 
 class _Scaled(nn.Linear):

@@ -11,13 +11,17 @@ and nothing else, and take any ``nn.Module``::
         adapters.finish_task(model)
     adapters.save_adapters(model, directory)
 
+A base in four bits, before it gets adapters::
+
+    adapters.quantise_base(model, ["wq", "wk", "wv", "wo"])
+
 LoRA folders of Hugging Face PEFT are read and written without PEFT::
 
     adapters.load_peft(model, directory)
     adapters.save_peft(model, directory)
 """
 
-from holdfast.adapters.accounting import Footprint, footprint
+from holdfast.adapters.accounting import BaseFootprint, Footprint, base_footprint, footprint
 from holdfast.adapters.adapted import Adapters, adapters_of, trainable_parameters
 from holdfast.adapters.fingerprint import base_fingerprint
 from holdfast.adapters.inject import eject, inject, merge
@@ -25,7 +29,9 @@ from holdfast.adapters.inputs import collect_inputs
 from holdfast.adapters.layer import AdaptedLinear
 from holdfast.adapters.method import Method, Site
 from holdfast.adapters.metrics import RoutingStats, boundary_jump, measure_routing
+from holdfast.adapters.nf4 import NF4Linear
 from holdfast.adapters.peft import load_peft, save_peft
+from holdfast.adapters.quantise import dequantise_base, quantise_base
 from holdfast.adapters.registry import create_method, method_names, register
 from holdfast.adapters.store import Sidecar, append_adapters, load_adapters, read_sidecar, save_adapters
 from holdfast.adapters.tasks import abandon_task, finish_task, penalty, start_task, use_tasks, using_tasks
@@ -33,8 +39,10 @@ from holdfast.adapters.tasks import abandon_task, finish_task, penalty, start_ta
 __all__ = [
     "AdaptedLinear",
     "Adapters",
+    "BaseFootprint",
     "Footprint",
     "Method",
+    "NF4Linear",
     "RoutingStats",
     "Sidecar",
     "Site",
@@ -42,9 +50,11 @@ __all__ = [
     "adapters_of",
     "append_adapters",
     "base_fingerprint",
+    "base_footprint",
     "boundary_jump",
     "collect_inputs",
     "create_method",
+    "dequantise_base",
     "eject",
     "finish_task",
     "footprint",
@@ -55,6 +65,7 @@ __all__ = [
     "merge",
     "method_names",
     "penalty",
+    "quantise_base",
     "read_sidecar",
     "register",
     "save_adapters",

@@ -15,6 +15,8 @@ from holdfast.errors import ConfigurationError
 
 __all__ = ["eject", "inject", "merge"]
 
+_WAY_OUT = "dequantise_base(model) makes floats of NF4 ones, which merge without being rounded again"
+
 
 def inject(
     model: nn.Module,
@@ -58,7 +60,7 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
     """Eject, and return new weights that hold the finished tasks in use: names and layouts as in the model's state
     dict, for ``load_state_dict(weights, strict=False)``. The model itself keeps its base weights.
 
-    Raises: ConfigurationError where the method has no such weights, or a task is being trained.
+    Raises: ConfigurationError where the method has no such weights, a base is quantised, or a task is being trained.
     """
     adapters = adapters_of(model)
     if adapters.method.merge_refusal:
@@ -73,7 +75,9 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
 def _merged(layer: AdaptedLinear) -> Tensor:
     weight, bank = layer.weight, layer.bank()
     if not weight.is_floating_point():
-        raise ConfigurationError(f"{layer.name} has {weight.dtype} weights, into which nothing can be merged")
+        raise ConfigurationError(
+            f"{layer.name} has {weight.dtype} weights, into which nothing can be merged; {_WAY_OUT}"
+        )
     if not bank:
         return weight.clone()
     wide = torch.promote_types(weight.dtype, torch.float32)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.adapters.method import Method, Site, Tensors
+from holdfast.adapters.nf4 import NF4Linear
 from holdfast.errors import ConfigurationError
 
-__all__ = ["AdaptedLinear", "Part", "Shown", "Source", "features", "is_linear", "is_transposed"]
+__all__ = ["AdaptedLinear", "Part", "Shown", "Source", "compute_dtype", "features", "is_linear", "is_transposed"]
 
 Shown = tuple[int, int] | Mapping[int, float] | None
 """Tasks first to last - 1; or tasks by number, each with a weight, where the method acts apart; or what it does
@@ -46,15 +47,24 @@ def is_transposed(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a layer can be adapted."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    return isinstance(module, nn.Linear | NF4Linear) or is_transposed(module)
 
 
 def features(base: nn.Module) -> tuple[int, int]:
     """D and O."""
-    if isinstance(base, nn.Linear):
+    if isinstance(base, nn.Linear | NF4Linear):
         return base.in_features, base.out_features
     weight_DO: Tensor = base.weight  # type: ignore[assignment]  # what is_transposed asks for
     return weight_DO.shape[0], weight_DO.shape[1]
+
+
+def compute_dtype(base: nn.Module) -> torch.dtype:
+    """The weight's; what a quantised layer says that it computes in, or torch's default."""
+    weight: Tensor = base.weight  # type: ignore[assignment]  # of a linear layer
+    if weight.is_floating_point():
+        return weight.dtype
+    said = getattr(base, "compute_dtype", None)
+    return said if isinstance(said, torch.dtype) else torch.get_default_dtype()
 
 
 class AdaptedLinear(nn.Module):
@@ -227,10 +237,9 @@ class AdaptedLinear(nn.Module):
         return self.sealed(task - outside, task - outside + 1)
 
     def site(self) -> Site:
-        """Where a task's tensors go; in the base's dtype unless that is quantised."""
-        weight = self.weight
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-        return Site(self.name, self.in_features, self.out_features, weight.device, dtype, self.inputs)
+        """Where a task's tensors go, and in which dtype."""
+        dtype = compute_dtype(self.base)
+        return Site(self.name, self.in_features, self.out_features, self.weight.device, dtype, self.inputs)
 
     def _span(self) -> tuple[int, int]:
         finished = len(self._rows)

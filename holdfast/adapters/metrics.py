@@ -24,7 +24,7 @@ __all__ = ["RoutingStats", "boundary_jump", "measure_routing"]
 
 @dataclass(slots=True)
 class RoutingStats:
-    """How the atoms of one layer answered. Sums, and means of them over the tokens seen."""
+    """How the atoms of one layer, or its groups of atoms, answered. Sums, and means of them over the tokens seen."""
 
     tokens: int = 0
     atoms_sum: float = 0.0
@@ -107,12 +107,14 @@ def _note(stats: RoutingStats, method: MoRA, layer: nn.Module, args: tuple[Any, 
     bank = layer.bank()
     if not bank:
         return
-    z_PR = F.linear(args[0].flatten(0, -2), bank["down"])
-    routing = method.route(z_PR)
-    mass_R = torch.zeros_like(z_PR, dtype=routing.weights.dtype)
-    mass_R = mass_R.scatter(-1, routing.index, routing.weights).sum(0)
-    by_task = [float(part.sum()) for part in torch.split(mass_R, layer.rows_in_use("down"))]
+    x_PD = args[0].flatten(0, -2)
+    responses_PE = method.responses(x_PD, F.linear(x_PD, bank["down"]), bank)
+    routing = method.route(responses_PE)
+    mass_PE = torch.zeros_like(responses_PE, dtype=routing.weights.dtype)
+    mass_E = mass_PE.scatter(-1, routing.index, routing.weights).sum(0)
+    experts = [rows // method.group for rows in layer.rows_in_use("down")]
+    by_task = [float(part.sum()) for part in torch.split(mass_E, experts)]
     stats.mass_sum = [a + b for a, b in zip(stats.mass_sum or [0.0] * len(by_task), by_task, strict=True)]
-    stats.tokens += len(z_PR)
+    stats.tokens += len(x_PD)
     stats.atoms_sum += float(effective_atoms(routing.weights).sum())
-    stats.answered += int(method.answers(routing, z_PR.shape[-1]).any(-1).sum())
+    stats.answered += int(method.answers(routing, responses_PE.shape[-1]).any(-1).sum())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from holdfast.adapters.adapted import ATTRIBUTE, Adapters, adapters_of
 from holdfast.adapters.inject import inject
-from holdfast.adapters.layer import features, is_linear, is_transposed
+from holdfast.adapters.layer import compute_dtype, features, is_linear, is_transposed
 from holdfast.adapters.low_rank import LowRank
 from holdfast.adapters.method import Method
 from holdfast.adapters.peft_config import PeftConfig, config_for
@@ -81,7 +81,7 @@ def load_peft(model: nn.Module, directory: Path, *, method: str = "lora", task: 
         )
     folder = _read(directory)
     _fit(folder, model, directory / _TENSORS)
-    rows = {name: _rows(folder, name, _dtype(model.get_submodule(name))) for name in folder.pairs}
+    rows = {name: _rows(folder, name, compute_dtype(model.get_submodule(name))) for name in folder.pairs}
     adapters = inject(model, create_method(method, folder.config.options), exactly(folder.pairs))
     for name, layer in adapters.layers.items():
         layer.append(rows[name])
@@ -206,7 +206,7 @@ def _misfits(folder: PeftFolder, name: str, module: nn.Module | None) -> Iterato
     elif not is_linear(module):
         yield f"{name} is a {type(module).__name__} in this model, not a linear layer"
     else:
-        (d, o), rank, dtype = features(module), folder.config.rank(name), _dtype(module)
+        (d, o), rank, dtype = features(module), folder.config.rank(name), compute_dtype(module)
         have, want = [list(tensor.shape) for tensor in folder.pairs[name]], [[rank, d], [o, rank]]
         if have != want:
             yield f"{name} has lora_A and lora_B {have}, where its rank in the config and this model ask for {want}"
@@ -218,11 +218,6 @@ def _refuse(path: Path, problems: Sequence[str]) -> None:
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] * (len(problems) > _SHOWN)
         raise ManifestMismatch("\n".join(f"{path}: {problem}" for problem in [*problems[:_SHOWN], *more]))
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    weight: Tensor = module.weight  # type: ignore[assignment]  # of a linear layer
-    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

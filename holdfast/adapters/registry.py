@@ -1,4 +1,4 @@
-"""Methods by name. Every module or package in ``holdfast.adapters.methods`` is one method: a new one is found
+"""Methods by name. Every module or package in ``holdfast.adapters.methods`` has at least one: a new one is found
 by itself."""
 
 from __future__ import annotations

@@ -89,7 +89,18 @@ def _output(model: nn.Module, task: str) -> Tensor:
 
 
 def test_every_method_of_the_folder_is_registered() -> None:
-    assert method_names() == ["brainstacks", "freeze_and_add", "inflora", "lora", "mora", "olora", "oracle"]
+    assert method_names() == [
+        "brainstacks",
+        "freeze_and_add",
+        "inflora",
+        "lora",
+        "mora",
+        "mora_learned",
+        "mora_random",
+        "mora_uniform",
+        "olora",
+        "oracle",
+    ]
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -12,6 +12,9 @@ kept::
     with brainstacks.page_stacks(other, directory, budget_bytes=2**30):
         ...  # the same stacks, read when they act
 
+A ``Domain`` whose ``tune`` calls ``brainstacks.tune_preferences`` has its stacks learn preferences, too, before they
+are frozen.
+
 Source: arXiv 2604.01152.
 """
 
@@ -20,6 +23,14 @@ from holdfast.adapters.methods.brainstacks.curriculum import Curriculum, Progres
 from holdfast.adapters.methods.brainstacks.library import Manifest, Record, add_stack, read_manifest, remove_stack
 from holdfast.adapters.methods.brainstacks.method import Brainstacks
 from holdfast.adapters.methods.brainstacks.pager import Pager, PagerStats, page_stacks
+from holdfast.adapters.methods.brainstacks.preference import (
+    Pairs,
+    PreferencePlan,
+    Preferences,
+    Tuned,
+    preference_loss,
+    tune_preferences,
+)
 from holdfast.adapters.methods.brainstacks.projection import protect, protected_directions, top_directions
 from holdfast.adapters.methods.brainstacks.router import (
     Examples,
@@ -61,10 +72,14 @@ __all__ = [
     "MetaRouter",
     "Pager",
     "PagerStats",
+    "Pairs",
+    "PreferencePlan",
+    "Preferences",
     "Progress",
     "Record",
     "RouterPlan",
     "Stack",
+    "Tuned",
     "add_stack",
     "base_features",
     "boost",
@@ -77,6 +92,7 @@ __all__ = [
     "outcome_loss",
     "own_only",
     "page_stacks",
+    "preference_loss",
     "prefix",
     "protect",
     "protected_directions",
@@ -90,6 +106,7 @@ __all__ = [
     "targets",
     "top_directions",
     "train_router",
+    "tune_preferences",
     "ungated",
     "validate",
 ]

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from holdfast.adapters.adapted import adapters_of
-from holdfast.adapters.methods.brainstacks.boosting import BoostPlan, Domain, Optimizers, boost, validate
+from holdfast.adapters.methods.brainstacks.boosting import BoostPlan, Domain, boost, validate
+from holdfast.adapters.methods.brainstacks.guard import Optimizers
 from holdfast.adapters.methods.brainstacks.library import add_stack
 from holdfast.adapters.methods.brainstacks.method import Brainstacks
 from holdfast.adapters.methods.brainstacks.projection import protected_directions

@@ -132,7 +132,7 @@ def _digest(config: RunConfig, base: str) -> str:
 def _opened(curriculum: Curriculum, config: RunConfig, base: str, base_bytes: int) -> Record:
     """The record that is there, or a new one. Raises: ConfigurationError where it is of something else."""
     plain = to_plain(config)
-    adapter = {key: dict(plain["adapter"])[key] for key in ("method", "options", "target_modules")}  # type: ignore[call-overload]
+    adapter = {key: dict(plain["adapter"])[key] for key in ("method", "options", "target_modules", "nf4")}  # type: ignore[call-overload]
     model: dict[str, object] = dict(plain["model"])  # type: ignore[call-overload]
     new = Record(model=model, adapter=adapter, base=base, base_bytes=base_bytes)
     if not curriculum.exists():

@@ -74,10 +74,11 @@ def _adapter(config: RunConfig, bricks: Bricks) -> str:
 
     adapter = config.adapter
     options = ", ".join(f"{name}={value}" for name, value in adapter.options.items())
+    base = f"base {bricks.base[:8]}…{' in 4 bits' if adapter.nf4 else ''}"
     return (
         f"{adapter.method}({options}) learns {adapter.task} on {len(adapter.tasks)} finished tasks: "
         f"{trainable_elements(adapter, config.model):,} elements train\n"
-        f"frozen: base {bricks.base[:8]}… and these tasks, {size(bricks.size_bytes)} read from files, in no snapshot"
+        f"frozen: {base} and these tasks, {size(bricks.size_bytes)} read from files, in no snapshot"
     )
 
 

@@ -64,7 +64,7 @@ class Record:
     model: Mapping[str, Any]
     """Of the base, as ``ModelConfig`` takes it."""
     adapter: Mapping[str, Any]
-    """``method``, ``options`` and ``target_modules``."""
+    """``method``, ``options``, ``target_modules`` and ``nf4``."""
     base: str
     """sha256 of the base's file."""
     base_bytes: int

@@ -23,6 +23,7 @@ from holdfast.adapters.targets import ALL_LINEAR
 from holdfast.errors import ConfigurationError, HoldfastError
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.model import Decoder
+from holdfast.types import Precision
 
 __all__ = ["AdapterTask", "Bricks", "adapted_base", "find_bricks", "problems_of", "trainable_elements"]
 
@@ -52,14 +53,17 @@ class AdapterTask:
     inputs: Callable[[], Inputs]
     """Some text of the task, the same on every rank: for methods that look at it before they start and end."""
 
-    def begin(self, device: torch.device) -> Decoder:
-        """The base with the finished tasks and, untrained, this one.
+    def begin(self, device: torch.device, precision: Precision = Precision.FP32) -> Decoder:
+        """The base with the finished tasks and, untrained, this one. Parameters are fp32, as an engine takes them;
+        finished tasks have the ``precision`` that it will compute in.
 
         Raises: ConfigurationError and ManifestMismatch for files that are not there, damaged, or of something else.
         """
         decoder = adapted_base(self.config, self.model, self.base_digest).to(device)
         self._collect(decoder)
         adapters.start_task(decoder, self.config.task, seed=self.seed)
+        if precision is Precision.BF16:
+            _round_buffers(decoder, torch.bfloat16)
         decoder.register_forward_hook(_add_penalty)
         return decoder
 
@@ -109,6 +113,8 @@ def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "
         raise ConfigurationError(f"adapter.base={config.base!r} cannot be read: {error}") from error
     except RuntimeError as error:  # torch's only word for weights of another shape
         raise ConfigurationError(f"adapter.base={config.base!r} is of another model: {error}") from error
+    if config.nf4:
+        adapters.quantise_base(decoder, _targets(config))
     adapters.inject(decoder, adapters.create_method(config.method, config.options), _targets(config))
     adapters.append_adapters(decoder, [Path(task) for task in config.tasks])
     return decoder
@@ -153,6 +159,14 @@ def _begun(config: AdapterConfig, model: ModelConfig) -> Decoder:
 def _targets(config: AdapterConfig) -> str | Sequence[str]:
     names = config.target_modules
     return names[0] if len(names) == 1 and (names[0] == ALL_LINEAR or names[0].startswith("^")) else names
+
+
+def _round_buffers(decoder: Decoder, dtype: torch.dtype) -> None:
+    """DeepSpeed sees to parameters only."""
+    for module in decoder.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
 
 
 def _add_penalty(module: nn.Module, _: Any, loss: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class RankRun:
             rank=comm.rank,
             world=comm.world,
             observer=boundaries,
-            model=self._task.begin(job.device) if self._task else None,
+            model=self._task.begin(job.device, options.parallel.precision) if self._task else None,
         )
         self.view = StateView(TrainState(), self._engine, rank=comm.rank)
         steps = options.trainer.max_steps

@@ -26,6 +26,7 @@ from holdfast.trainer.adapting import adapted_base
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.data import Batches
 from holdfast.trainer.model import Decoder, initialise
+from holdfast.types import Precision
 from tests.support.drivers import records
 from tests.support.runs import events_of, tiny_config, write_corpus
 
@@ -52,7 +53,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(root: Path, corpus: Path, base: Path, method: str, options: dict[str, Any], *faults: str) -> RunConfig:
     config = tiny_config(root, corpus, faults=faults, steps=8, nodes=2, spares=1)
-    config.adapter = AdapterConfig(method=method, options=options, base=str(base), task="one")
+    nf4 = bool(options.get("nf4"))
+    options = {name: value for name, value in options.items() if name != "nf4"}
+    config.adapter = AdapterConfig(method=method, options=options, base=str(base), task="one", nf4=nf4)
+    config.parallel.precision = Precision.BF16 if nf4 else Precision.FP32
     config.optim.name = OptimName.ADAMW8BIT
     config.data.cache = str(corpus.with_name("cache"))
     return config
@@ -83,6 +87,7 @@ def _state(result: Result) -> dict[str, bytes]:
     [
         pytest.param("mora", {"rank": 4, "top_k": 6}, id="competing atoms"),
         pytest.param("brainstacks", {"rank": 2}, id="random routing", marks=pytest.mark.slow),
+        pytest.param("mora", {"rank": 4, "nf4": True}, id="bf16 on 4 bits", marks=pytest.mark.slow),
     ],
 )
 def test_a_worker_killed_in_the_middle_of_the_second_domain_changes_no_bit(
@@ -166,7 +171,7 @@ def _words(root: Path, corpus: Path, base: Path) -> list[str]:
         lines = [f"{a} + {number} = {a + number}" for a in range(120)]
         (root / "sums" / f"{number}.txt").write_text("\n".join(lines))
     model = "d_model=64 n_layers=2 n_heads=2 n_kv_heads=1 d_ff=128 max_seq_len=64".split()
-    run = "max_steps=6 global_batch=4 micro_batch=2 eval_windows=8 generate_bytes=8".split()
+    run = "max_steps=30 global_batch=4 micro_batch=2 eval_windows=8 generate_bytes=8".split()
     return [
         f"domains=[{root / 'sums'},lines:{corpus}]",
         f"adapter.base={base}",
@@ -187,7 +192,7 @@ def school(tmp_path_factory: pytest.TempPathFactory, corpus: Path, base: Path) -
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    calls = [_adapt(*words, "chaos.faults=['driver_sigterm step=3']")]
+    calls = [_adapt(*words, "chaos.faults=['driver_sigterm step=2']")]
     assert curriculum.record().learned == []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Curriculum, "add", killed)

@@ -28,6 +28,7 @@ from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
 from holdfast.optim.config import moment_count
+from holdfast.parallel.config import ParallelConfig
 from holdfast.parallel.pipeline_plan import PipelinePlan, plan_pipeline, replicas
 from holdfast.trainer.config import DataSource
 from holdfast.trainer.sizing import check as check_model
@@ -41,6 +42,7 @@ __all__ = [
     "never_happens",
     "pipeline_plan",
     "refuse_bad",
+    "replicas_every",
     "stage_facts",
     "state_bytes",
     "this_host",
@@ -252,7 +254,8 @@ def _stage_repair(config: RunConfig) -> Iterator[str]:
     elif parallel.chunks > 1 or _replicas(config) > 1:
         yield (
             f"{name} needs one stage per rank; with parallel.chunks={parallel.chunks} and {_replicas(config)} replicas "
-            "a rank holds several, or a part of one; use snapshot.parity instead"
+            "a rank holds several, or a part of one; use snapshot.parity, or, with replicas, parallel.zero_stage=0, "
+            "where each of them can be copied exactly"
         )
     elif stage.repair is Repair.CHECKFREE_PLUS and not parallel.swapped:
         yield f"{name} copies the ends from what swapped microbatches have trained; set parallel.swapped=true"
@@ -297,6 +300,11 @@ def stage_facts(config: RunConfig) -> StageFacts | None:
     if wish is Repair.EXACT:
         return None
     return StageFacts(pipeline_plan(config).partition.block_counts, wish, config.parallel.swapped)
+
+
+def replicas_every(parallel: ParallelConfig) -> int:
+    """How far apart ranks are that hold the same state; 0 if each holds another part of it."""
+    return parallel.pipeline if parallel.zero_stage == 0 else 0
 
 
 def pipeline_plan(config: RunConfig) -> PipelinePlan:

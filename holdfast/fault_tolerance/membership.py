@@ -39,6 +39,8 @@ class Layout:
     """See :func:`holdfast.fault_tolerance.placement.make_groups`: for the lanes of fewer nodes."""
     stages: StageFacts | None = None
     """The pipeline, if its lost stages may be rebuilt from others."""
+    replicas_every: int = 0
+    """Ranks that are so far apart hold the same state, random numbers aside; 0 if none do."""
     batch_parts: int = 0
     """Micro-batches in a global batch, of which every rank must get equally many; 0 suits any number of ranks."""
 

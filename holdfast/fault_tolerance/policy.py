@@ -1,9 +1,10 @@
 """From which version a membership epoch starts. Pure: an inventory goes in, a reasoned decision comes out.
 
 The newest state wins. Of equally new ones the best source: the live state, where every rank still had it when it left
-and has brought it into memory; the memory of all ranks' own keepers; parity, where some have lost theirs; what the
-ranks of another roster hold, or parity of theirs; a durable checkpoint. A fresh model is a source only where no
-checkpoint was ever seen: checkpoints that exist and cannot be read end the run, as starting over would bury them.
+and has brought it into memory; the memory of all ranks' own keepers; parity, where some have lost theirs; replicas,
+where other ranks hold the same state; what the ranks of another roster hold, or parity of theirs; a durable
+checkpoint. A fresh model is a source only where no checkpoint was ever seen: checkpoints that exist and cannot be read
+end the run, as starting over would bury them.
 
 A run may allow one source that is not exact: when no memory is, lost stages of a pipeline are rebuilt from others of
 the newest version that these hold, rather than going back to an older checkpoint.
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 from holdfast.fault_tolerance.lanes import Recorded, Roster, lost_beyond_repair
 from holdfast.fault_tolerance.messages import HeldVersion
-from holdfast.fault_tolerance.stage_policy import RepairPlan, StageFacts, StageRebuild
+from holdfast.fault_tolerance.stage_policy import RepairPlan, StageFacts, StageRebuild, exact_copy
 
 __all__ = [
     "DISK",
@@ -27,6 +28,7 @@ __all__ = [
     "NEIGHBOURS",
     "NOTHING",
     "PARITY",
+    "REPLICAS",
     "Decision",
     "View",
     "decide",
@@ -34,7 +36,7 @@ __all__ = [
     "newest_common",
 ]
 
-LIVE, NEIGHBOURS = "live state", "neighbours"
+LIVE, REPLICAS, NEIGHBOURS = "live state", "replicas", "neighbours"
 MEMORY, PARITY, DISK, FRESH, NOTHING = "keeper memory", "parity", "disk", "fresh", "nothing"
 """Words of :attr:`Decision.source`."""
 
@@ -70,6 +72,8 @@ class View:
     """Checkpoints that were found and cannot be used, each with its reason."""
     stages: StageFacts | None = None
     """Of a pipeline whose lost stages may be rebuilt from others."""
+    replicas_every: int = 0
+    """Ranks that are so far apart hold the same state; 0 if none do."""
 
     @property
     def world(self) -> int:
@@ -96,7 +100,7 @@ class Decision:
     """What is left of the version that the ranks of another roster hold, and every rank now reads its part of."""
 
     rebuild: StageRebuild | None = None
-    """The stages that are made from others, and the version that these hold."""
+    """The ranks whose stages are copied or made from others, and the version that these hold."""
 
     @property
     def incomplete(self) -> Recorded | None:
@@ -114,8 +118,9 @@ def newest_common(held: Held, world: int) -> int | None:
 def decide(view: View) -> Decision:
     """Choose the newest state that is exact on every rank."""
     memory, parity, former = _common(view.held, view.world), _restorable(view), _readable(view)
+    copies = _copied(view)
     disk = max((step for step in view.durable if step not in view.refused), default=None)
-    found = [one.version for one in (parity, former) if one is not None]
+    found = [one.version for one in (parity, copies, former) if one is not None]
     known = [*found, *(() if memory is None else memory[:1]), *(() if disk is None else (disk,))]
     newest = max(known, default=None)
     if not found and memory is None and (others := _from_others(view, disk)) is not None:
@@ -126,9 +131,44 @@ def decide(view: View) -> Decision:
         return _from_memory(view, *memory)
     if parity is not None and parity.version == newest:
         return _from_parity(view, parity)
+    if copies is not None and copies.version == newest:
+        return _from_replicas(view, copies)
     if former is not None and former.version == newest:
         return _from_former(view, former)
     return _from_disk(view, newest, memory)
+
+
+def _copied(view: View) -> Recorded | None:
+    """The newest version that each rank or a replica of it holds, if somebody has to be given it."""
+    if not view.replicas_every:
+        return None
+    for version, epoch in sorted(_keys(view), reverse=True):
+        holders = _holders(view, version, epoch)
+        kinds = {rank % view.replicas_every for rank in holders}
+        if len(kinds) == min(view.replicas_every, view.world) and len(holders) < view.world:
+            return Recorded(version, epoch, roster=view.roster.number)
+    return None
+
+
+def _from_replicas(view: View, copies: Recorded) -> Decision:
+    version, every = copies.version, view.replicas_every
+    holders = _holders(view, version, copies.epoch)
+    lost = [rank for rank in range(view.world) if rank not in holders]
+    sources = {rank: min(h for h in holders if h % every == rank % every) for rank in lost}
+    repairs = tuple(exact_copy(rank, source) for rank, source in sources.items())
+    reason = (
+        f"version {version} is complete but for {name_ranks(lost)}, whose state {name_ranks([*set(sources.values())])} "
+        "holds too"
+    )
+    against = _torn(view, above=version) + _unrestorable(view, above=version) + _refusals(view, above=version)
+    return Decision(
+        version, REPLICAS, reason, against, writer_epoch=copies.epoch, rebuild=StageRebuild(copies, repairs)
+    )
+
+
+def _holders(view: View, version: int, epoch: int) -> set[int]:
+    """Ranks that hold it."""
+    return {r for r, copies in view.held.items() if any((h.version, h.epoch) == (version, epoch) for h in copies)}
 
 
 def _from_others(view: View, disk: int | None) -> Decision | None:
@@ -152,7 +192,7 @@ def _keys(view: View) -> set[tuple[int, int]]:
 
 def _stage_plan(view: View, version: int, epoch: int) -> tuple[list[int], RepairPlan]:
     """Ranks without the version, and what is to become of their stages."""
-    holders = {r for r, copies in view.held.items() if any((h.version, h.epoch) == (version, epoch) for h in copies)}
+    holders = _holders(view, version, epoch)
     lost = [rank for rank in range(view.world) if rank not in holders]
     if view.stages is None or len(view.stages.layers) != view.world:
         return [], RepairPlan((), ())

@@ -87,7 +87,7 @@ def _load(run: Situation, action: m.Action, version: int, now: float) -> None:
 def _plan(run: Situation, decision: Decision) -> RecoveryPlanned:
     planned = 0 if run.watch is None else -1  # a resume, or a change of nodes: no fault
     number = run.ledger.failures if run.ledger.outage is not None else planned
-    is_approximate = decision.rebuild is not None
+    is_approximate = decision.rebuild is not None and decision.rebuild.is_approximate
     return RecoveryPlanned(
         number, decision.source, decision.version, decision.reason, decision.rejected, is_approximate
     )

@@ -64,7 +64,7 @@ class Situation:
         self.crew = Crew(layout, self.roster, recovery.start_timeout_s)
         self.keepers = Keepers(self.roster, recovery.start_timeout_s)
         self.ledger = Ledger(max_failures=recovery.max_failures, max_no_progress=recovery.max_no_progress)
-        self.sources = Sources(self.roster, layout.stages)
+        self.sources = Sources(self.roster, layout.stages, layout.replicas_every)
         self.protection = ProtectionGauge(layout.spares, self.roster)
         self.encoded_epoch = -1
         """The newest in which the keepers have committed a version, data and parity."""

@@ -13,8 +13,8 @@ __all__ = ["Sources"]
 class Sources:
     """Gathers evidence for and against every source; ``decide`` turns it into a decision."""
 
-    def __init__(self, roster: Roster, stages: StageFacts | None = None) -> None:
-        self._stages = stages
+    def __init__(self, roster: Roster, stages: StageFacts | None = None, replicas_every: int = 0) -> None:
+        self._stages, self._replicas_every = stages, replicas_every
         self._roster, self._rosters = roster, {roster.number: roster}
         self._inventory = InventoryTaken(-1, {})
         self._decision: Decision | None = None
@@ -90,6 +90,7 @@ class Sources:
                 refused=self._refused,
                 rejected=tuple(self._rejected),
                 stages=self._stages,
+                replicas_every=self._replicas_every,
             )
         )
         return self._decision

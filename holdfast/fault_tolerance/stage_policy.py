@@ -31,6 +31,7 @@ __all__ = [
     "StageFacts",
     "StageRebuild",
     "StageRepair",
+    "exact_copy",
     "plan_repair",
     "rate_factor",
 ]
@@ -163,6 +164,11 @@ def _exact(stage: int) -> StageRepair:
     return StageRepair(stage, Repair.EXACT, (stage,), False, f"a data-parallel replica of stage {stage} is alive")
 
 
+def exact_copy(rank: int, source: int) -> StageRepair:
+    """For a rank whose state another one holds too; here ``stage`` and ``sources`` are ranks."""
+    return StageRepair(rank, Repair.EXACT, (source,), False, f"rank {source} holds the state of rank {rank} too")
+
+
 def _answer(
     stage: int, layers: Sequence[int], gone: Collection[int], wish: Repair, end_pairs: EndPairs
 ) -> StageRepair | Refusal:
@@ -267,15 +273,19 @@ class StageFacts:
 
 @dataclass(frozen=True, slots=True)
 class StageRebuild:
-    """A version that is complete but for some stages, and what these become."""
+    """A version that is complete but for some ranks, and what their stages become."""
 
     held: Recorded
     repairs: tuple[StageRepair, ...]
 
     @property
-    def stages(self) -> tuple[int, ...]:
-        """Those that are rebuilt."""
+    def ranks(self) -> tuple[int, ...]:
+        """Those that are rebuilt: a stage that is made from others has one process, whose rank is its number."""
         return tuple(repair.stage for repair in self.repairs)
+
+    @property
+    def is_approximate(self) -> bool:
+        return any(repair.is_approximate for repair in self.repairs)
 
 
 class RateMode(Enum):

@@ -394,7 +394,7 @@ class Conductor:
             old.unlink(missing_ok=True)
         path = str(rendezvous / f"epoch-{action.epoch}")
         checkpoints = self._durable.uri if action.from_storage else ""
-        self._rebuilt = () if action.rebuild is None else action.rebuild.stages
+        self._rebuilt = () if action.rebuild is None else action.rebuild.ranks
         whole = EpochPlan(action.epoch, -1, len(action.members), action.version, path, checkpoints)
 
         def begin() -> None:
@@ -422,7 +422,7 @@ class Conductor:
         rebuild, source = action.rebuild, action.former
         if rebuild is not None:
             whole = replace(whole, repairs=[repair.to_json() for repair in rebuild.repairs])
-            source = rebuild.held if rank in rebuild.stages else None
+            source = rebuild.held if rank in rebuild.ranks else None
         if source is None:
             return replace(whole, rank=rank)
         held = {str(other): asdict(part) for other, part in self._protection.parts(source).items()}

@@ -255,6 +255,7 @@ class _Drive:
             group_size=config.snapshot.group_size,
             parity=config.snapshot.parity,
             stages=validate.stage_facts(config),
+            replicas_every=validate.replicas_every(config.parallel),
             batch_parts=config.trainer.global_batch // config.trainer.micro_batch,
         )
 

@@ -233,7 +233,7 @@ class WorkerHost:
                     source,
                     plan.version,
                     take_over=bool(plan.held or plan.repairs),
-                    mend=lambda: run.heal([StageRepair.from_json(repair) for repair in plan.repairs]),
+                    mend=lambda: run.heal([repair for repair in _repairs(plan) if repair.is_approximate]),
                 )
             except SnapshotError as error:
                 if not plan.checkpoints and not plan.held:
@@ -278,7 +278,7 @@ class WorkerHost:
             return -1
 
     def _source(self, plan: EpochPlan, snapshots: ArenaSnapshotter) -> Restorer:
-        repairs = [StageRepair.from_json(repair) for repair in plan.repairs]
+        repairs = [repair for repair in _repairs(plan) if repair.is_approximate]
         if not repairs:
             return self._exact_source(plan, snapshots)
         stage = self._config.recovery.stage
@@ -335,6 +335,10 @@ class WorkerHost:
             board = self._arena.board
             board.enter(Phase.PARKED, board.read().step, time.monotonic())
         failpoints.hit("recovery.after_abort", plan.version)
+
+
+def _repairs(plan: EpochPlan) -> list[StageRepair]:
+    return [StageRepair.from_json(repair) for repair in plan.repairs]
 
 
 class _Laps:

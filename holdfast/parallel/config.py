@@ -25,7 +25,8 @@ class ParallelConfig:
     """ZeRO stage: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 weights too."""
     pipeline: int = 1
     """Processes that a microbatch passes through, each with some of the layers; 1: every rank has all layers. Ranks
-    that have the same layers are replicas, and shard the optimizer state as ZeRO stage 1 does."""
+    that have the same layers are replicas; they shard the optimizer state as ZeRO stage 1 does, or with zero_stage=0
+    each has all of it."""
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
     """Of a pipeline: ONE_F_ONE_B keeps few activations in memory, GPIPE those of every microbatch."""
     chunks: int = 1

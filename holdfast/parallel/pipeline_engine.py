@@ -77,6 +77,8 @@ class PipelineOptions:
     """Largest global gradient norm; 0 turns clipping off."""
     block_size: int = 1
     """Elements of a quantisation block; 1 when no state is quantised."""
+    is_sharded: bool = True
+    """Replicas share the optimizer state, as ZeRO-1 does; otherwise each of them has all of it."""
     rate_factor: Callable[[int, int], float] = lambda times, steps_since: 1.0
     """By what the learning rate is multiplied of a stage that was rebuilt so often, last so many steps ago."""
 
@@ -106,7 +108,7 @@ class PipelineEngine:
         dtype = torch.bfloat16 if options.precision is Precision.BF16 else torch.float32
         device = next(model.parameters()).device
         numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
-        self._groups = _flat_groups(model, groups, place, options.block_size, dtype)
+        self._groups = _flat_groups(model, groups, place, options, dtype)
         self._flats = [group.flat() for group in self._groups]
         flat_groups = [{**group, "params": [own.master]} for group, own in zip(groups, self._groups, strict=True)]
         self._optimizer = make_optimizer(flat_groups)
@@ -190,7 +192,8 @@ class PipelineEngine:
     def _measure_norms(self) -> float:
         """Every process's, and the global one. Each parameter counts once."""
         squares = torch.zeros(self._place.processes, dtype=torch.float64)
-        for flat in self._flats:
+        counts_here = self._options.is_sharded or self._place.replica == 0
+        for flat in self._flats if counts_here else ():
             gradient = cast(Tensor, flat.master.grad)
             for piece in flat.pieces:
                 if piece.name in self._owned:
@@ -277,14 +280,16 @@ class PipelineEngine:
             yield from state_slices(flat, self._states.describe_state(self._optimizer, flat.master))
 
     def _total(self, vector: Tensor) -> Tensor:
-        """Collective over the replicas. Sums a vector over them."""
+        """Collective over the replicas. Sums a vector over those that have different shares."""
+        if not self._options.is_sharded:
+            return vector
         peers, place = self._place.peers, self._place.replica
         vector.copy_(exchange_sum(self._mail, vector, peers, place, _always(vector), _SHARED_TAG - 1))
         return vector
 
 
 def _flat_groups(
-    model: nn.Module, groups: ParamGroups, place: Place, block_size: int, dtype: torch.dtype
+    model: nn.Module, groups: ParamGroups, place: Place, options: PipelineOptions, dtype: torch.dtype
 ) -> list[FlatGroup]:
     """The model's weights become views of these, in ``dtype``."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -292,7 +297,15 @@ def _flat_groups(
     if dtype is not torch.float32:
         model.to(dtype)
     return [
-        FlatGroup(number, members, replicas=place.peers, place=place.replica, block_size=block_size, dtype=dtype)
+        FlatGroup(
+            number,
+            members,
+            replicas=place.peers,
+            place=place.replica,
+            is_sharded=options.is_sharded,
+            block_size=options.block_size,
+            dtype=dtype,
+        )
         for number, members in enumerate(masters)
     ]
 

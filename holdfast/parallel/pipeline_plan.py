@@ -13,7 +13,8 @@ from holdfast.parallel.schedule_check import check, simulate
 
 __all__ = ["PipelinePlan", "plan_pipeline", "replicas"]
 
-_ZERO_STAGE = 1
+_ZERO_STAGES = (0, 1)
+"""Replicas have all of a stage's optimizer state each, or a share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +72,10 @@ def _problems(config: ParallelConfig, world: int) -> list[str]:
             f"parallel.pipeline={config.pipeline} must divide the number of ranks, {world}: each replica of the model "
             f"takes as many; try {world + -world % config.pipeline} ranks"
         )
-    if config.zero_stage != _ZERO_STAGE:
+    if config.zero_stage not in _ZERO_STAGES:
         problems.append(
             f"parallel.zero_stage={config.zero_stage} does not go with parallel.pipeline={config.pipeline}: gradients "
-            "of all microbatches add up in place, so the replicas of a stage shard their optimizer state only; use "
+            "of all microbatches add up in place, so the replicas of a stage shard their optimizer state at most; use "
             "parallel.zero_stage=1"
         )
     return problems

@@ -1,4 +1,5 @@
-"""The training state of one pipeline process: flat groups, sharded over its replicas as ZeRO-1 does, point to point.
+"""The training state of one pipeline process: flat groups, point to point, sharded over its replicas as ZeRO-1 does or
+whole on each of them.
 
 Every parameter starts on a block boundary of its flat group and every shard ends on one, as in :mod:`zero`, so that
 the codes of 8-bit state are those of a single process. Sums are taken in the order of ranks: they have the same bits
@@ -26,7 +27,7 @@ _GRADIENT_TAG, _WEIGHT_TAG, _MASTER_TAG = 1 << 20, 2 << 20, 3 << 20
 
 
 class FlatGroup:
-    """One parameter group as flat tensors: weights and gradients whole, masters this replica's share.
+    """One parameter group as flat tensors: weights and gradients whole, masters this replica's share, or whole too.
 
     The parameters become views of the flat weights. In float32 the masters are a part of the weights themselves.
     ``replicas`` are the ranks that hold the same parameters, this one among them at ``place``.
@@ -39,21 +40,24 @@ class FlatGroup:
         *,
         replicas: Sequence[int],
         place: int,
+        is_sharded: bool,
         block_size: int,
         dtype: torch.dtype,
     ) -> None:
-        self.number, self._replicas, self._place = number, tuple(replicas), place
+        self.number, self._replicas, self._place, self._is_sharded = number, tuple(replicas), place, is_sharded
+        shares, share = (len(replicas), place) if is_sharded else (1, 0)
         self._params = list(params)
         self._offsets, end = dict[str, int](), 0
         for name, param in params:
             self._offsets[name] = end
             end += -(-param.numel() // block_size) * block_size
-        multiple = block_size * len(replicas)
+        multiple = block_size * shares
         total, device = -(-end // multiple) * multiple, params[0][1].device
-        self._share = total // len(replicas)
+        self._share = total // shares
         self.weights = torch.zeros(total, dtype=dtype, device=device)
         self.gradients = torch.zeros(total, dtype=torch.float32, device=device)
-        own = self.weights[place * self._share : (place + 1) * self._share]
+        self._low = share * self._share
+        own = self.weights[self._low : self._low + self._share]
         self._take_over()
         self.master = nn.Parameter(own if dtype == torch.float32 else own.float())
         self._has_copy = dtype != torch.float32
@@ -84,7 +88,7 @@ class FlatGroup:
     def follow_weights(self) -> None:
         """The weights have been written to: make the masters say what they say."""
         if self._has_copy:
-            self.master.copy_(self._part(self.weights, self._place))
+            self.master.copy_(self._own(self.weights))
 
     @property
     def names(self) -> list[str]:
@@ -105,30 +109,28 @@ class FlatGroup:
             padding = end - self._offsets[name] - param.numel()
             if padding:
                 sizes.append(("", (padding,)))
-        low = self._place * self._share
-        pieces = pieces_of_partition(sizes, low, low + self._share)
+        pieces = pieces_of_partition(sizes, self._low, self._low + self._share)
         return Flat(self.number, self.master, tuple(piece for piece in pieces if piece.name))
 
     # -- collective over the replicas -----------------------------------------------------------------------------
 
     def reduce(self, mail: Mail) -> None:
         """Sum the gradients of all replicas into each one's share, and hand them to the masters."""
-        mine = self._part(self.gradients, self._place)
+        mine = self._own(self.gradients)
         self.master.grad = exchange_sum(
-            mail, mine, self._replicas, self._place, lambda place: self._part(self.gradients, place), _GRADIENT_TAG
+            mail, mine, self._replicas, self._place, lambda place: self._share_of(self.gradients, place), _GRADIENT_TAG
         )
 
     @torch.no_grad()
     def spread(self, mail: Mail) -> None:
         """Give every replica the weights that the masters say."""
         if self._has_copy:
-            self._part(self.weights, self._place).copy_(self.master)
-        for place, rank in enumerate(self._replicas):
-            if place != self._place:
-                mail.send(self._part(self.weights, self._place), rank, _WEIGHT_TAG + self.number)
-        for place, rank in enumerate(self._replicas):
-            if place != self._place:
-                mail.receive(self._part(self.weights, place), rank, _WEIGHT_TAG + self.number)
+            self._own(self.weights).copy_(self.master)
+        others = [(place, rank) for place, rank in enumerate(self._replicas) if place != self._place]
+        for _, rank in others if self._is_sharded else ():
+            mail.send(self._own(self.weights), rank, _WEIGHT_TAG + self.number)
+        for place, rank in others if self._is_sharded else ():
+            mail.receive(self._share_of(self.weights, place), rank, _WEIGHT_TAG + self.number)
         mail.settle()
         self.master.grad = None
 
@@ -136,7 +138,9 @@ class FlatGroup:
     def whole_masters(self, mail: Mail) -> Iterator[tuple[str, Tensor]]:
         """All masters on the first replica, in float32; nothing on the others."""
         whole = self.weights
-        if self._has_copy and self._place:
+        if self._has_copy and not self._is_sharded:
+            whole = self.master.detach()
+        elif self._has_copy and self._place:
             mail.send(self.master.detach(), self._replicas[0], _MASTER_TAG + self.number)
             mail.settle()
         elif self._has_copy:
@@ -148,8 +152,12 @@ class FlatGroup:
             for name, param in self._params:
                 yield name, self._view(whole, name, param)
 
-    def _part(self, flat: Tensor, place: int) -> Tensor:
-        return flat[place * self._share : (place + 1) * self._share]
+    def _own(self, flat: Tensor) -> Tensor:
+        return flat[self._low : self._low + self._share]
+
+    def _share_of(self, flat: Tensor, place: int) -> Tensor:
+        """What the replica at ``place`` needs."""
+        return flat[place * self._share : (place + 1) * self._share] if self._is_sharded else flat
 
 
 def exchange_sum(

@@ -78,8 +78,8 @@ def _copy(source: Source, division: Division, writer: StoreWriter) -> None:
         for text, begins_document in file.pieces():
             writer.append(division.split_of(file.name, row), text, begins_document=begins_document)
             row += 1
-        if not writer.end_file():
-            raise DataError(file.origin, "holds no text; remove it, or point data.path at another file")
+        if not writer.end_file() and len(source.files) == 1:  # among others an empty one is nothing
+            raise DataError(file.origin, "holds no text; point data.path at another file")
 
 
 _LONGER = {

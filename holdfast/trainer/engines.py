@@ -110,6 +110,7 @@ def _build_pipeline(
             shape=(work.micro_batch, work.seq_len, config.d_model),
             grad_clip=options.optim.grad_clip,
             block_size=_block_size(options.optim),
+            is_sharded=parallel.zero_stage > 0,
             rate_factor=_rate_factor(options.recovery.stage),
         ),
         layouts_of(config, plan.partition, layout),

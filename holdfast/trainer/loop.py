@@ -76,7 +76,7 @@ class Trainer:
         if version >= 0:
             self._view.adopt(source.restore_into(self._view.capture(), version))
             self._pending.restored = version
-            if source is self._parts.snapshots:
+            if source is self._parts.snapshots and not take_over:
                 self._pending.held_by_all = version
         self._pending.reach(self._view)
         if take_over:

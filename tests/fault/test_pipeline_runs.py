@@ -73,3 +73,24 @@ def test_a_run_goes_on_as_a_pipeline_with_replicas_without_one_and_again(
         assert (result.outcome, result.step) == ("finished", goal), result.reason
     assert [steps_of(result.run_dir, attempt) for attempt in (1, 2)] == [[1, 2], [3]]
     assert _losses(result.run_dir) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "lost"),
+    [(2, [1]), pytest.param(1, [0, 3], marks=pytest.mark.slow)],
+    ids=["a stage of one of two pipelines", "two of four ranks"],
+)
+def test_a_lost_node_whose_state_a_replica_holds_is_copied_from_it_to_the_bit(
+    pipeline: int, lost: list[int], tmp_path: Path, corpus: Path
+) -> None:
+    whole, struck = (_config(tmp_path / name, corpus, pipeline=pipeline) for name in ("whole", "struck"))
+    for config in (whole, struck):
+        config.parallel.zero_stage, config.snapshot.parity = 0, 0
+    struck.chaos.faults = [f"node_sigkill node={node} step=4" for node in lost]
+    undisturbed, result = train(whole), train(struck)
+    assert (undisturbed.exit_code, result.exit_code) == (0, 0)
+    plans = events_of(result.run_dir, "recovery_planned")
+    assert {(plan["source"], plan["is_approximate"]) for plan in plans} == {("replicas", False)}
+    assert _losses(undisturbed.run_dir) == _losses(result.run_dir)
+    assert outcome_of(undisturbed.run_dir).weights == outcome_of(result.run_dir).weights
+    assert events_of(result.run_dir, "stage_rebuilt") == []

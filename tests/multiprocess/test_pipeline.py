@@ -32,6 +32,7 @@ class _Case:
     processes: int
     kind: str = "1f1b"
     replicas: int = 1
+    is_sharded: bool = True
     microbatches: int = 4
     chunks: int = 1
     swapped: bool = False
@@ -98,7 +99,11 @@ def _engine(case: _Case, rank: int) -> PipelineEngine:
         lambda groups: optim.build_optimizer(case.optimizer, groups),
         optim,
         PipelineOptions(
-            case.precision, (_BATCH, _LENGTH, case.model.d_model), case.clip, _BLOCK if case.name.is_8bit else 1
+            case.precision,
+            (_BATCH, _LENGTH, case.model.d_model),
+            case.clip,
+            _BLOCK if case.name.is_8bit else 1,
+            is_sharded=case.is_sharded,
         ),
         layouts_of(case.model, partition, schedule.layout),
     )
@@ -203,6 +208,40 @@ def test_any_schedule_learns_what_one_process_learns(case: _Case) -> None:
     for name, weight in want.weights.items():
         torch.testing.assert_close(found.weights[name], weight, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     assert found.measured == pytest.approx(want.measured, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [OptimName.ADAMW8BIT, OptimName.LAMB], ids=lambda name: name.value)
+@pytest.mark.parametrize("precision", list(Precision), ids=lambda precision: precision.value)
+def test_replicas_with_all_of_the_state_learn_what_those_with_a_share_learn_to_the_bit(
+    name: OptimName, precision: Precision
+) -> None:
+    cases = [_Case(2, replicas=2, clip=0.05, name=name, precision=precision, is_sharded=s) for s in (True, False)]
+    shared, whole = (_CLUSTER.run(_learn, 4, case)[0] for case in cases)
+    assert shared.losses == whole.losses
+    assert shared.norms == pytest.approx(whole.norms, rel=1e-6)  # of a sum in another order
+    assert [n for n in shared.weights if not torch.equal(shared.weights[n], whole.weights[n])] == []
+
+
+def test_replicas_with_all_of_the_state_hold_the_same_slices() -> None:
+    case = _Case(2, replicas=2, name=OptimName.ADAMW8BIT, is_sharded=False)
+    held = _CLUSTER.run(_hold, 4, case)
+    assert [name for name in held[0] if not torch.equal(held[0][name], held[2][name])] == []
+    assert held[0].keys() == held[2].keys()
+    assert held[1].keys() == held[3].keys() != held[0].keys()
+
+
+def _hold(member: Member, case: _Case) -> dict[str, Tensor]:
+    """Slices after a step."""
+    comm = TorchCommunicator.join(
+        member.rendezvous(), rank=member.rank, world=member.world, backend="gloo", timeout_s=20.0
+    )
+    try:
+        engine = _engine(case, member.rank)
+        engine.forward_backward(_batches(case, 0)[member.rank // case.processes])
+        engine.update(_RATE)
+        return {piece.spec.name: piece.tensor.clone() for piece in engine.slices()}
+    finally:
+        comm.close()
 
 
 def test_in_bf16_masters_and_sums_of_gradients_stay_fp32() -> None:

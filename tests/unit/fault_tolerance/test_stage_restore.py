@@ -13,7 +13,7 @@ from holdfast.errors import Fault, ManifestMismatch, ShardCorrupt
 from holdfast.fault_tolerance.lanes import Recorded, Roster
 from holdfast.fault_tolerance.manifest import Entry, Manifest, digest, lay_out
 from holdfast.fault_tolerance.messages import HeldVersion
-from holdfast.fault_tolerance.policy import DISK, FRESH, MEMORY, NEIGHBOURS, Decision, View, decide
+from holdfast.fault_tolerance.policy import DISK, FRESH, MEMORY, NEIGHBOURS, REPLICAS, Decision, View, decide
 from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts, StageRepair
 from holdfast.fault_tolerance.stage_repair import Weighting
 from holdfast.fault_tolerance.stage_restore import REBUILT, Remade, rebuild_stage
@@ -224,3 +224,39 @@ def test_what_neighbours_cannot_do_is_refused_with_the_reason_and_the_next_sourc
 def test_a_run_that_wants_exact_state_never_asks_neighbours() -> None:
     view = _view({0: (8,), 2: (8,), 3: (8,)}, wish=Repair.EXACT, durable=(5,))
     assert decide(view).source == DISK
+
+
+# -- replicas ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_whose_replica_holds_the_version_is_copied_exactly() -> None:
+    """Two pipelines of two: ranks 0 and 2 hold the same, and so do 1 and 3."""
+    decision = decide(_view({0: (8,), 3: (8,)}, wish=Repair.EXACT, durable=(5,), replicas_every=2))
+    assert (decision.source, decision.version, decision.writer_epoch) == (REPLICAS, 8, 1)
+    assert _sources(decision) == {1: (3,), 2: (0,)}
+    assert decision.rebuild is not None
+    assert not decision.rebuild.is_approximate
+    assert decision.rebuild.ranks == (1, 2)
+    assert "ranks 0, 3 holds too" in decision.reason.replace("hold too", "holds too")
+
+
+def test_where_all_ranks_are_replicas_one_is_enough() -> None:
+    decision = decide(_view({3: (8,)}, wish=Repair.EXACT, replicas_every=1))
+    assert (decision.source, _sources(decision)) == (REPLICAS, {0: (3,), 1: (3,), 2: (3,)})
+
+
+@pytest.mark.parametrize(
+    ("held", "every", "source", "version"),
+    [
+        ({0: (8,), 2: (8,)}, 2, DISK, 5),  # nobody has the state of ranks 1 and 3
+        ({0: (8, 7), 1: (7,), 2: (8, 7), 3: (7,)}, 2, MEMORY, 7),
+        ({0: (8, 7), 1: (8, 7), 2: (7,), 3: (7,)}, 2, REPLICAS, 8),
+        ({0: (8,), 1: (8,), 2: (8,)}, 0, DISK, 5),  # shares of one state
+        ({}, 1, DISK, 5),
+    ],
+)
+def test_the_newest_version_that_every_kind_of_rank_has_is_taken(
+    held: dict[int, tuple[int, ...]], every: int, source: str, version: int
+) -> None:
+    decision = decide(_view(held, wish=Repair.EXACT, durable=(5,), replicas_every=every))
+    assert (decision.source, decision.version) == (source, version)

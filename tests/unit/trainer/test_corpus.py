@@ -355,12 +355,14 @@ def test_a_directory_without_a_match_says_what_was_looked_for(tmp_path: Path, so
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
-def test_an_empty_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+def test_an_empty_file_is_an_error_that_names_it_and_among_others_nothing(tmp_path: Path, name: str) -> None:
     for i in range(4):
         write(tmp_path / "in" / f"b{i}.txt", text_of(i))
+    without = prepare(config(tmp_path / "in"), tmp_path / "cache").digest
     path = write(tmp_path / "in" / name, b"")
-    with pytest.raises(DataError, match="holds no text; remove it") as caught:
-        prepare(config(tmp_path / "in"), tmp_path / "cache")
+    assert prepare(config(tmp_path / "in"), tmp_path / "cache").digest == without
+    with pytest.raises(DataError, match="holds no text") as caught:
+        prepare(config(path), tmp_path / "cache")
     assert caught.value.path == str(path)
 
 

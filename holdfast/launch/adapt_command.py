@@ -19,6 +19,7 @@ from holdfast.errors import ConfigurationError, ManifestMismatch
 from holdfast.launch.adapt_words import curricula_table, matrix
 from holdfast.launch.arguments import Parser, add_root
 from holdfast.launch.curriculum import Curriculum, Learned, Record, find_curriculum, list_curricula
+from holdfast.launch.wording import size
 from holdfast.trainer.config import DataSource
 
 __all__ = ["adapt"]
@@ -55,6 +56,7 @@ each domain had become after each. The same words again go on where they were.
 holdfast adapt --list                what was learned so far, and which methods there are
 holdfast adapt route "TEXT"          which domains' tasks serve a text best
 holdfast adapt generate "TEXT"       what the model writes, with the tasks that serve the text best
+holdfast adapt export --to DIR       base and tasks as one model.safetensors, where the method adds up
 
 Exit codes: as holdfast train.
 """
@@ -228,8 +230,12 @@ def _parser(action: str) -> Parser:
     add_root(parser)
     if action == "--list":
         return parser
-    parser.add_argument("text", metavar="TEXT", help="what is written so far")
     parser.add_argument("--run", metavar="NAME", help="name or directory of the curriculum; the newest if left out")
+    if action == "export":
+        parser.add_argument("--to", required=True, metavar="DIR", help="folder of the file, made if it does not exist")
+        parser.add_argument("--first", type=int, metavar="N", help="the first N tasks instead of all")
+        return parser
+    parser.add_argument("text", metavar="TEXT", help="what is written so far")
     if action == "generate":
         parser.add_argument("--task", metavar="NAME", help="let only this task act, instead of those that serve best")
         parser.add_argument("--first", type=int, metavar="N", help="let the first N tasks act, 0 for the bare base")
@@ -279,8 +285,18 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from holdfast.launch.adapt_prompt import Prompted
+
+    path = Path(args.to).expanduser().absolute() / "model.safetensors"
+    size_bytes = Prompted(find_curriculum(args.run, _root(args))).export(path, first=args.first)
+    sys.stdout.write(f"{path}  {size(size_bytes)}\n")
+    return 0
+
+
 _ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "--list": _list,
     "route": _route,
     "generate": _generate,
+    "export": _export,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from holdfast.launch.wording import table
 from holdfast.trainer import tokenizer
 from holdfast.trainer.adapting import adapted_base
 from holdfast.trainer.config import AdapterConfig, ModelConfig
+from holdfast.trainer.export import export_weights
 from holdfast.trainer.model import generate
 
 __all__ = ["Prompted"]
@@ -77,6 +79,16 @@ class Prompted:
                 max_seq_len=self._config.max_seq_len,
             )
         return f"{text}{tokenizer.decode(ids)}\n"
+
+    def export(self, path: Path, *, first: int | None) -> int:
+        """Base and tasks as the weights of one ordinary model. Returns the file's bytes; the adapters are gone from
+        this process's model then.
+
+        Raises: ConfigurationError where the method cannot be merged, or for another number of tasks; OSError.
+        """
+        adapters.use_tasks(self._model, first=first)
+        self._model.load_state_dict(adapters.merge(self._model), strict=False)
+        return export_weights(dict(self._model.named_parameters()), path, metadata={"format": "pt"})
 
     def _choices(self, text: str) -> Iterator[_Choice]:
         ids, tasks = self._checked(text), list(self._domains)

@@ -258,6 +258,7 @@ def test_what_was_learned_is_listed_routes_and_writes(school: School) -> None:
     bits = [float(found) for found in re.findall(r"^(\d\.\d{3})", table, re.MULTILINE)]
     assert (code, len(bits), bits) == (0, 4, sorted(bits))  # the base, each task, both
     assert _adapt("generate", "17 + ", "--bytes", "12", "--temperature", "0", *there)[1].startswith("17 + ")
+    assert _adapt("export", "--to", str(school.curriculum.path / "whole"), *there)[0] == 2  # mora cannot be merged
     kept = next((school.curriculum.path / "tasks").glob("sums-*/*.safetensors"))
     whole = kept.read_bytes()
     try:

@@ -16,6 +16,14 @@ from typing import Any
 import psutil
 
 from holdfast import knobs
+from holdfast.configs.adapter_rules import adapter_problems, curriculum_problems, method_problems
+from holdfast.configs.layout import (
+    pipeline_plan,
+    pipeline_problems,
+    replicas_of,
+    stage_repair_problems,
+    world,
+)
 from holdfast.configs.options import enum_of, kinds
 from holdfast.configs.plain import from_plain, to_plain
 from holdfast.configs.protection import fewer_nodes, parity_ratio, protection_problems
@@ -23,27 +31,20 @@ from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError, SnapshotError
 from holdfast.fault_tolerance.board import MAX_BUFFERS
 from holdfast.fault_tolerance.chaos import ChaosFault, parse, parse_all
-from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts
 from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
 from holdfast.optim.config import moment_count
-from holdfast.parallel.config import ParallelConfig
-from holdfast.parallel.pipeline_plan import PipelinePlan, plan_pipeline, replicas
 from holdfast.trainer.config import DataSource
 from holdfast.trainer.sizing import check as check_model
-from holdfast.trainer.sizing import largest_piece, layer_costs, parameter_count
-from holdfast.types import Precision
+from holdfast.trainer.sizing import largest_piece, parameter_count
 
 __all__ = [
     "Host",
     "check",
     "keeper_limit_bytes",
     "never_happens",
-    "pipeline_plan",
     "refuse_bad",
-    "replicas_every",
-    "stage_facts",
     "state_bytes",
     "this_host",
 ]
@@ -217,103 +218,6 @@ _RULES: Mapping[str, _Rule] = {
 # -- how values fit together ------------------------------------------------------------------------------------------
 
 
-def _world(config: RunConfig) -> int:
-    return config.launch.nodes * config.launch.workers_per_node
-
-
-def _replicas(config: RunConfig) -> int:
-    """Ranks that see different samples; 0 for none."""
-    return replicas(config.parallel, _world(config)) if _world(config) > 0 else 0
-
-
-def _pipeline(config: RunConfig) -> Iterator[str]:
-    parallel, trainer = config.parallel, config.trainer
-    if parallel.pipeline == 1:
-        is_set = {"chunks": parallel.chunks > 1, "blocks": bool(parallel.blocks), "swapped": parallel.swapped}
-        for key in (key for key, is_there in is_set.items() if is_there):
-            value = getattr(parallel, key)
-            yield f"parallel.{key}={value} is of a pipeline, and there is none; set parallel.pipeline too"
-    if parallel.pipeline < 2 or check_model(config.model):
-        return  # there is none, or its parts are reported already
-    if min(parallel.chunks, _world(config), trainer.micro_batch) < 1:
-        return
-    try:
-        pipeline_plan(config)
-    except ConfigurationError as error:
-        yield from error.problems
-
-
-def _stage_repair(config: RunConfig) -> Iterator[str]:
-    """A stage is made of others only where it is alike, alone with its layers, and has the end that it needs."""
-    stage, parallel = config.recovery.stage, config.parallel
-    name = f"recovery.stage.repair={stage.repair.name}"
-    if stage.repair is Repair.EXACT:
-        return
-    if parallel.pipeline < 2:
-        yield f"{name} is of a pipeline, and there is none; set parallel.pipeline, or EXACT"
-    elif parallel.chunks > 1 or _replicas(config) > 1:
-        yield (
-            f"{name} needs one stage per rank; with parallel.chunks={parallel.chunks} and {_replicas(config)} replicas "
-            "a rank holds several, or a part of one; use snapshot.parity, or, with replicas, parallel.zero_stage=0, "
-            "where each of them can be copied exactly"
-        )
-    elif stage.repair is Repair.CHECKFREE_PLUS and not parallel.swapped:
-        yield f"{name} copies the ends from what swapped microbatches have trained; set parallel.swapped=true"
-    if stage.moments is MomentRepair.AVERAGED and config.optim.name.is_8bit:
-        yield (
-            f"recovery.stage.moments=AVERAGED with optim.name={config.optim.name.name}: codes of 8 bits have no "
-            "average; use RESET, or an optimizer of 32 bits"
-        )
-    if stage.moments is MomentRepair.EXACT:
-        yield "recovery.stage.moments=EXACT: nobody has them any more; use RESET or AVERAGED"
-    if stage.repair not in (Repair.RANDOM, Repair.IDENTITY):
-        yield from _unlike_stages(config, name)
-    if stage.heal_steps:
-        yield from _short_logs(config)
-
-
-def _short_logs(config: RunConfig) -> Iterator[str]:
-    """Healing needs one pair to learn from and one to judge by."""
-    size = 2 if config.parallel.precision is Precision.BF16 else 4
-    entry = config.trainer.micro_batch * config.data.seq_len * config.model.d_model * size
-    if config.recovery.stage.log_mb * 1e6 < 2 * entry:
-        yield (
-            f"recovery.stage.log_mb={config.recovery.stage.log_mb:g} holds less than two microbatches' hidden states "
-            f"of {entry:,} bytes each; give it at least {2 * entry / 1e6:.3g}, or set recovery.stage.heal_steps=0"
-        )
-
-
-def _unlike_stages(config: RunConfig, name: str) -> Iterator[str]:
-    if list(_pipeline(config)) or config.parallel.pipeline < 2:
-        return  # reported already
-    counts = pipeline_plan(config).partition.block_counts
-    if len(set(counts)) > 1:
-        yield (
-            f"{name} makes a stage of its neighbours, which have other numbers of blocks: {list(counts)}; set "
-            "parallel.blocks to equal numbers, or choose n_layers so that parallel.pipeline divides it"
-        )
-
-
-def stage_facts(config: RunConfig) -> StageFacts | None:
-    """Of the pipeline, if its lost stages may be rebuilt from others."""
-    wish = config.recovery.stage.repair
-    if wish is Repair.EXACT:
-        return None
-    return StageFacts(pipeline_plan(config).partition.block_counts, wish, config.parallel.swapped)
-
-
-def replicas_every(parallel: ParallelConfig) -> int:
-    """How far apart ranks are that hold the same state; 0 if each holds another part of it."""
-    return parallel.pipeline if parallel.zero_stage == 0 else 0
-
-
-def pipeline_plan(config: RunConfig) -> PipelinePlan:
-    """Of a configuration that has a pipeline. Raises: ConfigurationError."""
-    microbatches = config.trainer.global_batch // (config.trainer.micro_batch * _replicas(config))
-    costs = layer_costs(config.model, config.data.seq_len)
-    return plan_pipeline(config.parallel, costs, world=_world(config), microbatches=microbatches)
-
-
 def _model(config: RunConfig) -> Iterator[str]:
     yield from check_model(config.model)
     longest = config.model.max_seq_len
@@ -338,34 +242,6 @@ _NOT_FOR_TRAINING = {
 }
 
 
-def _adapter(config: RunConfig) -> Iterator[str]:
-    adapter, parallel = config.adapter, config.parallel
-    if not adapter.method:
-        for key in ("options", "base", "tasks", "task", "seen"):
-            if getattr(adapter, key):
-                yield f"adapter.{key}={getattr(adapter, key)!r} is of a method, and there is none; set adapter.method"
-        return
-    if parallel.pipeline > 1:
-        yield f"adapter.method={adapter.method} with parallel.pipeline={parallel.pipeline}: adapters have no pipeline"
-    if parallel.zero_stage == 3:
-        yield f"adapter.method={adapter.method} with parallel.zero_stage=3: the base is whole on every rank; use 2"
-    if not adapter.base:
-        yield "adapter.base is empty: adapters need frozen weights, such as <run>/export/model.safetensors"
-    if not check_model(config.model):
-        yield from _adapter_problems(config)
-
-
-def _curriculum(config: RunConfig) -> Iterator[str]:
-    if config.adapter.domains:
-        yield f"adapter.domains={config.adapter.domains} are learned by holdfast adapt; one run learns adapter.task"
-
-
-def _adapter_problems(config: RunConfig) -> list[str]:
-    from holdfast.trainer.adapting import problems_of  # torch, which all other rules can do without
-
-    return problems_of(config.adapter, config.model)
-
-
 def _data(config: RunConfig) -> Iterator[str]:
     source, path = config.data.source, config.data.path
     if source is DataSource.LOCAL and path:
@@ -388,7 +264,7 @@ def _missing_files(config: RunConfig) -> list[str]:
 
 
 def _batch(config: RunConfig) -> Iterator[str]:
-    batch, micro, world = config.trainer.global_batch, config.trainer.micro_batch, _replicas(config)
+    batch, micro, world = config.trainer.global_batch, config.trainer.micro_batch, replicas_of(config)
     if min(batch, micro, world) < 1:
         return  # reported already
     who = "ranks" if config.parallel.pipeline <= 1 else "replicas of the pipeline"
@@ -493,7 +369,7 @@ def _chaos(config: RunConfig) -> Iterator[str]:
 def never_happens(fault: ChaosFault, config: RunConfig) -> Iterator[str]:
     """Why an entry that can be read would not strike in a run of this configuration."""
     word = fault.kind.number_key
-    bound = {"rank": _world(config), "node": config.launch.nodes, "": 1}[word]
+    bound = {"rank": world(config), "node": config.launch.nodes, "": 1}[word]
     _, highest = (fault.rate.numbers or (0, 0)) if fault.rate else (0, fault.number)
     if highest >= bound:
         yield f"chaos fault '{fault}': {word}={highest} does not exist; {word}s are 0 to {bound - 1}"
@@ -514,11 +390,11 @@ _PARTS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _single_values,
     _model,
     _optim,
-    _adapter,
-    _curriculum,
+    adapter_problems,
+    curriculum_problems,
     _data,
-    _pipeline,
-    _stage_repair,
+    pipeline_problems,
+    stage_repair_problems,
     _batch,
     _snapshots,
     protection_problems,
@@ -540,7 +416,7 @@ def state_bytes(config: RunConfig) -> int:
     """
     moment = 1 + 4 / config.optim.block_size if config.optim.name.is_8bit else 4
     moments = moment_count(config.optim) * moment
-    shards = _replicas(config) if config.parallel.zero_stage >= 1 else 1
+    shards = replicas_of(config) if config.parallel.zero_stage >= 1 else 1
     return math.ceil(_parameters_of_process(config) * (4 + moments) / shards)
 
 
@@ -549,7 +425,7 @@ def _parameters_of_process(config: RunConfig) -> int:
     if config.adapter.method:
         from holdfast.trainer.adapting import trainable_elements
 
-        return 0 if _adapter_problems(config) else trainable_elements(config.adapter, config.model)
+        return 0 if method_problems(config) else trainable_elements(config.adapter, config.model)
     try:
         plan = pipeline_plan(config) if config.parallel.pipeline > 1 else None
     except ConfigurationError:  # reported already
@@ -570,7 +446,7 @@ def _is_one_host(config: RunConfig, host: Host) -> bool:
 
 def _memory_problems(config: RunConfig, host: Host) -> list[str]:
     """Refused here, snapshots cannot end a run hours later. On a cluster only the user's own limit is known."""
-    if check_model(config.model) or check_optim(config.optim) or _world(config) < 1 or any(protection_problems(config)):
+    if check_model(config.model) or check_optim(config.optim) or world(config) < 1 or any(protection_problems(config)):
         return []  # reported already
     per_node = math.ceil(state_bytes(config) * _buffers(config)) * config.launch.workers_per_node
     limit_gb, is_one_host = config.snapshot.memory_limit_gb, _is_one_host(config, host)
@@ -594,7 +470,7 @@ def _memory_problems(config: RunConfig, host: Host) -> list[str]:
 def _bandwidth_problems(config: RunConfig) -> Iterator[str]:
     """A run that is asked to stop must be able to save itself."""
     mb_per_s, grace_s = config.snapshot.persist_mb_per_s, config.recovery.stop_grace_s
-    if check_model(config.model) or check_optim(config.optim) or _world(config) < 1 or not 0 < mb_per_s < math.inf:
+    if check_model(config.model) or check_optim(config.optim) or world(config) < 1 or not 0 < mb_per_s < math.inf:
         return  # reported already, or without a bound
     needed_s = state_bytes(config) * config.launch.workers_per_node / (mb_per_s * 10**6)
     if needed_s > grace_s:
@@ -627,7 +503,7 @@ def _need(config: RunConfig) -> str:
 
 def _way_out(config: RunConfig) -> str:
     ways = ["choose a smaller model"]
-    if config.parallel.zero_stage == 0 and _world(config) > 1:
+    if config.parallel.zero_stage == 0 and world(config) > 1:
         ways.append("shard the state with parallel=zero2")
     if not config.optim.name.is_8bit and moment_count(config.optim):
         ways.append(f"keep 8-bit moments with optim={config.optim.name.value}8bit")

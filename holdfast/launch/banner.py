@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from holdfast import knobs
-from holdfast.configs import validate
+from holdfast.configs import layout, validate
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.launch.identity import versions
 from holdfast.launch.resume import checkpoints_uri
@@ -86,7 +86,7 @@ def _pipeline(config: RunConfig) -> str:
     parallel = config.parallel
     if parallel.pipeline == 1:
         return ""
-    waiting = f"waits {validate.pipeline_plan(config).bubble:.0%} of the time"
+    waiting = f"waits {layout.pipeline_plan(config).bubble:.0%} of the time"
     return f" pipeline={parallel.pipeline}x{parallel.chunks} ({waiting})"
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from holdfast import knobs
 from holdfast.clock import SystemClock
+from holdfast.configs import layout as layouts
 from holdfast.configs import validate
 from holdfast.configs.plain import to_plain
 from holdfast.configs.protection import parity_ratio, protection_groups
@@ -254,8 +255,8 @@ class _Drive:
             zones=tuple(zones),
             group_size=config.snapshot.group_size,
             parity=config.snapshot.parity,
-            stages=validate.stage_facts(config),
-            replicas_every=validate.replicas_every(config.parallel),
+            stages=layouts.stage_facts(config),
+            replicas_every=layouts.replicas_every(config.parallel),
             batch_parts=config.trainer.global_batch // config.trainer.micro_batch,
         )
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from holdfast.configs import validate
+from holdfast.configs.layout import stage_facts
 from holdfast.configs.protection import fewer_nodes
 from holdfast.configs.schema import LaunchKind, RunConfig
-from holdfast.configs.validate import Host, check, keeper_limit_bytes, stage_facts, state_bytes
+from holdfast.configs.validate import Host, check, keeper_limit_bytes, state_bytes
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts
 from holdfast.optim.config import OptimName

@@ -60,9 +60,9 @@ def stage_repair_problems(config: RunConfig) -> Iterator[str]:
         yield f"{name} is of a pipeline, and there is none; set parallel.pipeline, or EXACT"
     elif parallel.chunks > 1 or replicas_of(config) > 1:
         yield (
-            f"{name} needs one stage per rank; with parallel.chunks={parallel.chunks} and {replicas_of(config)} "
-            "replicas a rank holds several, or a part of one; use snapshot.parity, or, with replicas, parallel.zero_stage=0, "
-            "where each of them can be copied exactly"
+            f"{name} needs one stage per rank; with parallel.chunks={parallel.chunks} and "
+            f"{replicas_of(config)} replicas a rank holds several, or a part of one; use snapshot.parity, or, with "
+            "replicas, parallel.zero_stage=0, where each of them can be copied exactly"
         )
     elif stage.repair is Repair.CHECKFREE_PLUS and not parallel.swapped:
         yield f"{name} copies the ends from what swapped microbatches have trained; set parallel.swapped=true"

@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 KERNELS := $(wildcard holdfast/native_build.py holdfast/kernels/*.h holdfast/*/build_kernels.py holdfast/*/kernels/*.cpp holdfast/*/kernels/*.h)
 
-.PHONY: train test slow sweep checkfree-study check setup kernels wheel clean
+.PHONY: train test slow sweep checkfree-study adapt-study check setup kernels wheel clean
 
 train: .venv/stamp  ## set up, then train the main job
 	$(BIN)/holdfast train experiment=main_job $(ARGS)
@@ -27,6 +27,9 @@ sweep: .venv/stamp  ## SIGKILL at every named failpoint, all ZeRO stages; one of
 
 checkfree-study: .venv/stamp  ## what rebuilding lost stages costs, hours on one core; in minutes: make checkfree-study ARGS=--quick
 	PYTHONPATH=. OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/checkfree_study.py $(ARGS)
+
+adapt-study: .venv/stamp  ## what continual adapters forget, many hours on one core; in under one: make adapt-study ARGS=--quick
+	PYTHONPATH=. OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/adapt_study.py $(ARGS)
 
 check: .venv/stamp
 	$(BIN)/ruff check

@@ -8,15 +8,13 @@ text. Results go through a :class:`Memo`, so that an interrupted study goes on w
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from study import Memo
 from torch import Tensor
 
 from holdfast.fault_tolerance.stage_policy import Repair
@@ -203,29 +201,6 @@ class Run:
 
     def failures_before(self, steps: float) -> int:
         return sum(step < steps for step in self.failures)
-
-
-class Memo:
-    """JSON values by key; with a file those of earlier calls count too, and new ones are added to it."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._path, self._known, self.reused, self.made = path, dict[str, Any](), 0, 0
-        for line in path.read_text().splitlines() if path and path.exists() else ():
-            entry = json.loads(line)
-            self._known[entry["key"]] = entry["value"]
-        self._older = set(self._known)
-
-    def of(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self._known:
-            started_s = time.perf_counter()
-            self._known[key] = make()
-            self.made += 1
-            print(f"{time.perf_counter() - started_s:.1f} s: {key[:160]}", file=sys.stderr, flush=True)
-            if self._path:
-                with self._path.open("a") as file:
-                    file.write(json.dumps({"key": key, "value": self._known[key]}) + "\n")
-        self.reused += key in self._older
-        return self._known[key]
 
 
 class World:

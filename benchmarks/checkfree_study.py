@@ -27,9 +27,10 @@ import checkfree_claims
 import checkfree_damage
 import checkfree_training
 import torch
-from checkfree_claims import Claim, Section, Verdict, claims_table
+from checkfree_claims import Section, claims_table
 from checkfree_runs import EXACT, FULL, QUICK, Memo, Scale, Study, Text, World
 from record import write_record
+from study import counts
 
 __all__ = ["EXPERIMENTS", "body", "run"]
 
@@ -59,12 +60,7 @@ def body(study: Study, sections: Mapping[str, Section], speed: str) -> str:
     parts += [f"Not run: {', '.join(missing)}."] if missing else []
     parts += [f"## {section.title}\n\n{section.text}" for section in sections.values()]
     rules = str(checkfree_claims.__doc__).partition("\n\n")[2].strip()
-    return "\n\n".join([*parts, f"## Verdicts\n\n{_counts(claims)}\n\n{rules}\n\n{claims_table(claims)}"])
-
-
-def _counts(claims: Sequence[Claim]) -> str:
-    found = [claim.verdict for claim in claims]
-    return "; ".join(f"{verdict.value}: {found.count(verdict)}" for verdict in reversed(Verdict)) + "."
+    return "\n\n".join([*parts, f"## Verdicts\n\n{counts(claims)}\n\n{rules}\n\n{claims_table(claims)}"])
 
 
 def _speed(world: World, steps: int = 40) -> str:

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from memory import tensor_bytes
 from record import quartiles, spread, table, write_record
 from torch import Tensor
 from ways import PEER, Way, ways
@@ -90,18 +91,6 @@ def weigh(build: Callable[[], Way], rank: int, options: argparse.Namespace, into
         way.update()
     into.between_steps = tensor_bytes() - before + way.unseen_bytes()
     way.close()
-
-
-def tensor_bytes() -> int:
-    """Of all storages that a tensor in this process uses. torch's profiler would see activations too, but misses
-    what gloo's threads free, so that its account differs from one build to the next."""
-    gc.collect()
-    storages = dict[int, int]()
-    for tensor in [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]:
-        for held in (tensor, tensor.grad if tensor.is_leaf else None):
-            if held is not None:
-                storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def run_rank(rank: int, rendezvous: str, options: argparse.Namespace) -> dict[Precision, dict[str, Samples]]:

@@ -4,10 +4,11 @@ and nothing else, and take any ``nn.Module``::
     from holdfast import adapters
 
     adapters.inject(model, adapters.create_method("mora", {"rank": 8}), ["wq", "wk", "wv", "wo"])
+    plan = adapters.TaskPlan(steps=500, optimizer=partial(torch.optim.AdamW, lr=5e-4))
     for task in tasks:
         adapters.start_task(model, task.name)
-        optimizer = torch.optim.AdamW(adapters.trainable_parameters(model))  # a new one for each task
-        ...  # train on loss + adapters.penalty(model)
+        adapters.train_task(model, task.batches, loss, plan)
+        # or in a loop of your own: a new optimizer over trainable_parameters(model), and loss + penalty(model)
         adapters.finish_task(model)
     adapters.save_adapters(model, directory)
 
@@ -24,6 +25,7 @@ LoRA folders of Hugging Face PEFT are read and written without PEFT::
 from holdfast.adapters.accounting import BaseFootprint, Footprint, base_footprint, footprint
 from holdfast.adapters.adapted import Adapters, adapters_of, trainable_parameters
 from holdfast.adapters.fingerprint import base_fingerprint
+from holdfast.adapters.forgetting import LossMatrix, bits_per_byte, mean_loss
 from holdfast.adapters.inject import eject, inject, merge
 from holdfast.adapters.inputs import collect_inputs
 from holdfast.adapters.layer import AdaptedLinear
@@ -35,22 +37,27 @@ from holdfast.adapters.quantise import dequantise_base, quantise_base
 from holdfast.adapters.registry import create_method, method_names, register
 from holdfast.adapters.store import Sidecar, append_adapters, load_adapters, read_sidecar, save_adapters
 from holdfast.adapters.tasks import abandon_task, finish_task, penalty, start_task, use_tasks, using_tasks
+from holdfast.adapters.training import TaskPlan, Trained, train_task
 
 __all__ = [
     "AdaptedLinear",
     "Adapters",
     "BaseFootprint",
     "Footprint",
+    "LossMatrix",
     "Method",
     "NF4Linear",
     "RoutingStats",
     "Sidecar",
     "Site",
+    "TaskPlan",
+    "Trained",
     "abandon_task",
     "adapters_of",
     "append_adapters",
     "base_fingerprint",
     "base_footprint",
+    "bits_per_byte",
     "boundary_jump",
     "collect_inputs",
     "create_method",
@@ -61,6 +68,7 @@ __all__ = [
     "inject",
     "load_adapters",
     "load_peft",
+    "mean_loss",
     "measure_routing",
     "merge",
     "method_names",
@@ -71,6 +79,7 @@ __all__ = [
     "save_adapters",
     "save_peft",
     "start_task",
+    "train_task",
     "trainable_parameters",
     "use_tasks",
     "using_tasks",

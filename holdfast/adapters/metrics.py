@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.adapters.adapted import adapters_of
+from holdfast.adapters.forgetting import evaluating
 from holdfast.adapters.layer import AdaptedLinear
 from holdfast.adapters.methods.mora import MoRA
 from holdfast.adapters.routing import effective_atoms
@@ -68,14 +69,13 @@ def measure_routing(model: nn.Module) -> Iterator[dict[str, RoutingStats]]:
             handle.remove()
 
 
-@torch.no_grad()
 def boundary_jump(model: nn.Module, loss: Callable[[], Tensor | float], *, seed: int = 0) -> float:
     """``loss()`` of the model in evaluation mode right after a new task's untrained tensors join, minus before.
 
     Rounding for methods that add up their tasks; more for MoRA, where new keys join the norm and the selection.
     The model is afterwards as it was. Raises: ConfigurationError while a task is being trained.
     """
-    with _evaluating(model):
+    with evaluating(model), _same_tasks(model):
         before = float(loss())
         start_task(model, "(untrained)", seed=seed)
         try:
@@ -87,16 +87,12 @@ def boundary_jump(model: nn.Module, loss: Callable[[], Tensor | float], *, seed:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every module's own mode and every layer's own tasks again."""
-    modes = [(module, module.training) for module in model.modules()]
+def _same_tasks(model: nn.Module) -> Iterator[None]:
+    """Afterwards every layer shows its own tasks again."""
     shown = [(layer, layer.shown) for layer in adapters_of(model).layers.values()]
-    model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for layer, tasks in shown:
             layer.show(tasks)
 

@@ -197,6 +197,10 @@ def _stop_asked(run: Situation, message: m.StopAsked, now: float) -> None:
         run.stopped(message.reason, now)
 
 
+def _redundancy_measured(run: Situation, message: m.RedundancyMeasured, now: float) -> None:
+    run.sources.measured(message.step, message.angular_distance)
+
+
 _STATES: Mapping[Stage, State] = {
     Stage.RUN: State.RUNNING,
     Stage.GROW: State.RESTARTING,
@@ -215,6 +219,7 @@ _HANDLERS: Mapping[type[m.Message], Callable[[Situation, Any, float], None]] = {
     m.CheckpointLoaded: regroup.checkpoint_loaded,
     m.CheckpointRefused: regroup.checkpoint_refused,
     m.Protected: _protected,
+    m.RedundancyMeasured: _redundancy_measured,
     m.Beats: _beats,
     m.Tick: deadlines.tick,
     m.StopAsked: _stop_asked,

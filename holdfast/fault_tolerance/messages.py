@@ -39,6 +39,7 @@ __all__ = [
     "Protected",
     "Quarantine",
     "Rebuild",
+    "RedundancyMeasured",
     "StartEpoch",
     "StartKeeper",
     "StartWorker",
@@ -165,6 +166,15 @@ class KeeperLost(Message):
     cause: str
     is_silent: bool = False
     """It did not answer for too long, and may be frozen with all of its node."""
+
+
+@dataclass(frozen=True, slots=True)
+class RedundancyMeasured(Message):
+    """An evaluation told how much stages of the pipeline change what passes them."""
+
+    step: int
+    angular_distance: Mapping[int, float]
+    """By stage, in half turns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.messages import HeldVersion, InventoryTaken
 from holdfast.fault_tolerance.policy import DISK, Decision, View, decide
@@ -42,6 +45,11 @@ class Sources:
             self._live, self._live_epoch = {}, epoch
         if epoch == self._live_epoch and live >= 0:
             self._live[rank] = live
+
+    def measured(self, step: int, angular_distance: Mapping[int, float]) -> None:
+        """How much stages change what passes them: what a rebuilt one will miss is told with the plan."""
+        if self._stages is not None:
+            self._stages = replace(self._stages, measured_at=step, angular_distance=dict(angular_distance))
 
     def damaged(self, rank: int, version: int, reason: str) -> None:
         """What ``rank`` was to restore cannot be used: its copy in memory, or a checkpoint that it read itself."""

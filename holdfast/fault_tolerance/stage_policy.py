@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -249,13 +249,26 @@ class StageFacts:
     wish: Repair
     has_end_copies: bool
     """The first two stages both hold the embedding, the last two the head: with swapped routes."""
+    angular_distance: Mapping[int, float] = field(default_factory=dict)
+    """By stage, what it turned its input by when this was measured last, in half turns; see ``boundary_log``."""
+    measured_at: int = -1
+    """Steps that were finished then."""
 
     def plan(self, lost: Collection[int]) -> RepairPlan:
-        """What is to be done for lost stages of which no memory is left, with what is not in blocks in mind too."""
+        """What is to be done for lost stages of which no memory is left, with what is not in blocks in mind too; and
+        how much each of them did, as far as that is known."""
         plan = plan_repair(self.layers, lost, wish=self.wish)
+        plan = replace(plan, repairs=tuple(self._with_redundancy(repair) for repair in plan.repairs))
         against = [(each.stage, self._against_end(each, lost)) for each in plan.repairs]
         refusals = [Refusal(stage, why) for stage, why in against if why]
         return RepairPlan(plan.repairs, plan.refusals + tuple(refusals))
+
+    def _with_redundancy(self, repair: StageRepair) -> StageRepair:
+        angle = self.angular_distance.get(repair.stage)
+        if angle is None:
+            return repair
+        did = f"at step {self.measured_at:,} it turned what passes it by {angle:.3f} of a half turn"
+        return replace(repair, reason=f"{repair.reason} ({did})")
 
     def _against_end(self, repair: StageRepair, lost: Collection[int]) -> str:
         if repair.repair is Repair.RANDOM:

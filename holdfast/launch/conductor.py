@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from holdfast.clock import Clock
 from holdfast.configs.schema import RunConfig
-from holdfast.events import EventSink, ProtectionFailed, RecoveryDone
+from holdfast.events import EventSink, ProtectionFailed, RecoveryDone, StagesMeasured
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
@@ -85,7 +85,7 @@ class Conductor:
         )
         everybody = layout.roster(0, range(layout.nodes))
         self._crew = Crew(fleet, self._calls, specs)
-        self._notes = Notes(self._calls, events)
+        self._notes = Notes(self._calls, events, self._measured)
         self._protection = Protection(everybody, persist_every=config.snapshot.persist_every_steps)
         self._result: dict[str, object] = {}
         self._verdict: m.Finish | None = None
@@ -427,6 +427,10 @@ class Conductor:
             return replace(whole, rank=rank)
         held = {str(other): asdict(part) for other, part in self._protection.parts(source).items()}
         return replace(whole, rank=rank, held=held, token=str(self._specs.keeper["token"]))
+
+    def _measured(self, event: StagesMeasured) -> None:
+        angles = {int(stage): angle for stage, angle in event.angular_distance.items()}
+        self._tell(m.RedundancyMeasured(event.step, angles))
 
     def _parked(self, member: m.Member, plan: EpochPlan) -> Callable[[Completion], None]:
         def then(answer: Completion) -> None:

@@ -37,8 +37,8 @@ _KINDS: Mapping[str, Callable[..., Event]] = {
 class Notes:
     """Used from the conductor's thread."""
 
-    def __init__(self, calls: Calls, events: EventSink) -> None:
-        self._calls, self._events = calls, events
+    def __init__(self, calls: Calls, events: EventSink, measured: Callable[[StagesMeasured], None]) -> None:
+        self._calls, self._events, self._measured = calls, events, measured
         self._due_s = 0.0
 
     def fetch_if_due(self, worker: int | None, now: float) -> None:
@@ -54,7 +54,10 @@ class Notes:
         """One event for each."""
         for note in notes:
             fields = dict(note)
-            self._events.emit(_KINDS[fields.pop("event")](**fields))
+            event = _KINDS[fields.pop("event")](**fields)
+            self._events.emit(event)
+            if isinstance(event, StagesMeasured):
+                self._measured(event)
 
     def _drained(self, answer: Completion) -> None:
         self.take(cast(Sequence[Mapping[str, Any]], answer.result or ()))

@@ -12,8 +12,9 @@ import torch
 from holdfast.errors import Fault, ManifestMismatch, ShardCorrupt
 from holdfast.fault_tolerance.lanes import Recorded, Roster
 from holdfast.fault_tolerance.manifest import Entry, Manifest, digest, lay_out
-from holdfast.fault_tolerance.messages import HeldVersion
+from holdfast.fault_tolerance.messages import HeldVersion, InventoryTaken
 from holdfast.fault_tolerance.policy import DISK, FRESH, MEMORY, NEIGHBOURS, REPLICAS, Decision, View, decide
+from holdfast.fault_tolerance.sources import Sources
 from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts, StageRepair
 from holdfast.fault_tolerance.stage_repair import Weighting
 from holdfast.fault_tolerance.stage_restore import REBUILT, Remade, rebuild_stage
@@ -224,6 +225,15 @@ def test_what_neighbours_cannot_do_is_refused_with_the_reason_and_the_next_sourc
 def test_a_run_that_wants_exact_state_never_asks_neighbours() -> None:
     view = _view({0: (8,), 2: (8,), 3: (8,)}, wish=Repair.EXACT, durable=(5,))
     assert decide(view).source == DISK
+
+
+def test_what_a_lost_stage_did_is_told_as_far_as_it_was_measured() -> None:
+    sources = Sources(Roster(0, (0, 1, 2, 3), 1), StageFacts((1, 1, 1, 1), Repair.CHECKFREE, False))
+    held = {rank: (HeldVersion(8, 1, 4),) for rank in (0, 2, 3)}
+    sources.take(InventoryTaken(2, held))
+    assert "turned" not in sources.decide().reason
+    sources.measured(4, {1: 0.0625, 2: 0.5})
+    assert "stage 0 and stage 2 (at step 4 it turned what passes it by 0.062 of a half turn)" in sources.decide().reason
 
 
 # -- replicas ---------------------------------------------------------------------------------------------------------

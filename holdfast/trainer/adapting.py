@@ -25,7 +25,7 @@ from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.model import Decoder
 from holdfast.types import Precision
 
-__all__ = ["AdapterTask", "Bricks", "adapted_base", "find_bricks", "problems_of", "trainable_elements"]
+__all__ = ["AdapterTask", "Bricks", "adapted_base", "find_bricks", "problems_of", "trainable_elements", "verify_base"]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -103,12 +103,10 @@ class AdapterTask:
 
 def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "") -> Decoder:
     """The base with all of its finished tasks, on the CPU. Raises: as :meth:`AdapterTask.begin`."""
-    path = Path(config.base)
-    if base_digest and _file_digest(path) != base_digest:
-        raise ConfigurationError(f"adapter.base={config.base!r} is not the file that the run began with; put it back")
+    verify_base(config, base_digest)
     decoder = Decoder(model)
     try:
-        decoder.load_state_dict(safetensors.torch.load_file(path))
+        decoder.load_state_dict(safetensors.torch.load_file(config.base))
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"adapter.base={config.base!r} cannot be read: {error}") from error
     except RuntimeError as error:  # torch's only word for weights of another shape
@@ -118,6 +116,13 @@ def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "
     adapters.inject(decoder, adapters.create_method(config.method, config.options), _targets(config))
     adapters.append_adapters(decoder, [Path(task) for task in config.tasks])
     return decoder
+
+
+def verify_base(config: AdapterConfig, digest: str) -> None:
+    """Reads the whole file, once per process. Raises: ConfigurationError if it has another sha256, unless that is
+    empty."""
+    if digest and _file_digest(Path(config.base)) != digest:
+        raise ConfigurationError(f"adapter.base={config.base!r} is not the file that the run began with; put it back")
 
 
 def find_bricks(config: AdapterConfig) -> Bricks:

@@ -22,7 +22,7 @@ from holdfast.parallel.pipeline_engine import PipelineEngine
 from holdfast.parallel.pipeline_plan import replicas
 from holdfast.parallel.zero import ZeroEngine
 from holdfast.trainer import tokenizer
-from holdfast.trainer.adapting import AdapterTask
+from holdfast.trainer.adapting import AdapterTask, trainable_elements, verify_base
 from holdfast.trainer.config import AdapterConfig, DataConfig, ModelConfig, NonFinite, TrainerConfig
 from holdfast.trainer.data import Batches, target_bytes
 from holdfast.trainer.engines import Work, build_engine
@@ -89,6 +89,9 @@ class Job:
     def rehearse(self) -> None:
         """Build a tiny engine alone and make a step. Much is imported and compiled on first use; a fault need not
         wait for it then. Takes seconds, once per process."""
+        if self.options.adapter.method:
+            verify_base(self.options.adapter, self.base_digest)
+            trainable_elements(self.options.adapter, self.options.model)
         options, tokens = self.options, torch.zeros(1, _TINY.max_seq_len, dtype=torch.long, device=self.device)
         alone = TorchCommunicator.alone(self.backend)
         try:

@@ -17,10 +17,10 @@ import torch
 from holdfast import optim
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair
-from holdfast.trainer.stage_simulation import HealingPlan, Method
+from holdfast.trainer.stage_method import HealingPlan, Method
 
 _BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-_MODULES = ("claims", "runs", "compare", "damage", "training", "baselines", "study")
+_MODULES = ("claims", "runs", "compare", "damage", "healing", "remedies", "training", "baselines", "study")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def text(kit, tmp_path_factory):  # type: ignore[no-untyped-def]
 def study(kit, text):  # type: ignore[no-untyped-def]
     scale = replace(
         kit.runs.QUICK, d_model=16, d_ff=24, sequence=8, steps=8, every=2, gaps=(6.0, 4.0, 3.0), points=(2, 3, 4),
-        regain=((4, 2),), regain_steps=2, healing_budget=1, windows=8, seeds=2,
+        regain=((4, 2),), regain_steps=2, healing_budget=1, ages=(1, 2), copy_every=3, windows=8, seeds=2,
     )  # fmt: skip
     return kit.runs.Study([kit.runs.World(scale, text, seed) for seed in range(2)], kit.runs.Memo())
 
@@ -269,8 +269,8 @@ def test_bounds_and_blindness_keep_a_verdict_open(kit) -> None:  # type: ignore[
 
 
 def test_experiments_run_end_to_end_and_end_in_verdicts(kit, study) -> None:  # type: ignore[no-untyped-def]
-    sections = kit.study.run(study, ["healing", "figure2", "fidelity"])
-    assert list(sections) == ["fidelity", "figure2", "healing"]
+    sections = kit.study.run(study, ["remedies", "gain", "own_copy", "gaps", "healing", "figure2", "fidelity"])
+    assert list(sections) == ["fidelity", "figure2", "healing", "gaps", "own_copy", "gain", "remedies"]
     assert "Every check holds" in sections["fidelity"].text
     found = kit.study.body(study, sections, "Fast.")
     assert "Not run: instant, rates, swap, edges, rollback, ablations." in found

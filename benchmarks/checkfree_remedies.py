@@ -157,7 +157,7 @@ def remedies(study: Study) -> Section:
         "gain": replace(CHECKFREE, healing=_GAIN),
         "healed": replace(CHECKFREE, healing=HealingPlan(updates)),
         "gain, healed": replace(CHECKFREE, healing=HealingPlan(updates, has_gain=True)),
-        "half an own copy": replace(CHECKFREE, own_copy=OwnCopy(every)),
+        "half an own copy": replace(CHECKFREE, own_copy=OwnCopy(every, HALF)),
         ALONE: replace(CHECKFREE, own_copy=OwnCopy(every, share=1.0)),
         "rollback of all stages": Method(Repair.RANDOM, rollback_every=every),
     }

@@ -25,7 +25,7 @@ slow: .venv/stamp  ## the rest of the suite: nodes of Ray that are lost, more of
 sweep: .venv/stamp  ## SIGKILL at every named failpoint, all ZeRO stages; one of them: make sweep ARGS="--stages 2"
 	PYTHONPATH=. $(BIN)/python benchmarks/crash_sweep.py $(ARGS)
 
-checkfree-study: .venv/stamp  ## what rebuilding lost stages costs, hours on one core; in minutes: make checkfree-study ARGS=--quick
+checkfree-study: .venv/stamp  ## what rebuilding lost stages costs, many hours on one core; in one: make checkfree-study ARGS=--quick
 	PYTHONPATH=. OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/checkfree_study.py $(ARGS)
 
 adapt-study: .venv/stamp  ## what continual adapters forget, many hours on one core; in under one: make adapt-study ARGS=--quick

@@ -29,7 +29,7 @@ from record import table
 
 from holdfast.fault_tolerance.stage_policy import MomentRepair, RateMode, Repair
 from holdfast.fault_tolerance.stage_repair import CODE_WEIGHTING, Weighting
-from holdfast.trainer.stage_simulation import Method
+from holdfast.trainer.stage_method import Method
 
 __all__ = ["ablations", "rollback"]
 

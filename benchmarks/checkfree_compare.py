@@ -10,7 +10,8 @@ from checkfree_claims import Effect, mean_and_half
 from checkfree_runs import EXACT, INNER, STAGES, Run, Study, World
 
 from holdfast.fault_tolerance.stage_policy import Repair
-from holdfast.trainer.stage_simulation import Failure, Method
+from holdfast.trainer.stage_method import Method
+from holdfast.trainer.stage_simulation import Failure
 
 __all__ = [
     "CHECKFREE",

@@ -1,5 +1,5 @@
-"""Experiments of `checkfree_study.py` on one lost stage: is it rebuilt by the formula, what does it cost at once and
-until that is made good, and does healing by boundary logs pay?"""
+"""Experiments of `checkfree_study.py` on one lost stage: is it rebuilt by the formula, and what does it cost at once
+and until that is made good?"""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from record import table
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.stage_policy import Repair
 from holdfast.fault_tolerance.stage_repair import Weighting
-from holdfast.trainer.stage_simulation import HealingPlan, Method, StageSimulation
+from holdfast.trainer.stage_method import Method
+from holdfast.trainer.stage_simulation import StageSimulation
 
-__all__ = ["WAYS", "fidelity", "healing", "instant", "swapped_ends"]
+__all__ = ["LEAST_JUMP", "MIDDLE", "WAYS", "fidelity", "instant", "swapped_ends"]
 
 WAYS: Mapping[str, Method] = {
     "exact": EXACT,
@@ -270,61 +271,3 @@ def _ends_of(world: World, base: StageSimulation) -> dict[str, float]:
         fork.fail([stage])
         found[f"damage {stage}"] = fork.validate(world.validation) - before
     return found
-
-
-# -- 9: healing -------------------------------------------------------------------------------------------------------
-
-_HEALED = tuple(way for way in WAYS if way != "exact")
-
-
-def healing(study: Study) -> Section:
-    """From every start, at equal compute."""
-    budget = study.scale.healing_budget
-    updates = budget * STAGES * MICROBATCHES
-    found = [study.of(world, "healing", lambda: _healing(world, study, updates)) for world in study.worlds]  # noqa: B023
-    columns = ["start", "at once", "healed", f"+{budget} steps", f"healed, +{budget} steps", f"+{2 * budget} steps"]
-    columns += ["gain of healing over as much training", f"the same {budget} steps later"]
-    rows, effects = [], []
-    for way in _HEALED:
-        own = [seed[way] for seed in found]
-        first = [o["trained"] - o["healed"] for o in own]
-        later = [o["trained twice"] - o["healed, trained"] for o in own]
-        cells = [mean_and_half([o[name] for o in own]) for name in _STATES]
-        rows.append([way, *cells, *(mean_and_half(values, signed=True) for values in (first, later))])
-        effects.append(Effect(way, later, LEAST_JUMP))
-    text = (
-        f"Stage {MIDDLE} is lost after {study.scale.points[-1]} steps, rebuilt, and then either healed by {updates} "
-        f"updates of that stage alone on logged microbatches, or the whole model is trained for {budget} steps, which "
-        "is as much work on stages (embedding, head and the optimizer's steps of other stages are not counted, to the "
-        "disadvantage of healing). Validation loss above that before the failure, nats; a gain above 0 speaks for "
-        "healing. Training also moves the other stages on and uses new text, healing does not.\n\n"
-    )
-    claim = Claim(
-        f"Healing, then {budget} steps, beats as much training, from every start", "not in the paper", effects
-    )
-    return Section("Healing by boundary logs", text + table(columns, rows), [claim])
-
-
-_STATES = ("at once", "healed", "trained", "healed, trained", "trained twice")
-
-
-def _healing(world: World, study: Study, updates: int) -> dict[str, dict[str, float]]:
-    base = study.base(world)
-    before = base.validate(world.validation)
-    return {way: _heal_and_train(world, base, WAYS[way], updates, before) for way in _HEALED}
-
-
-def _heal_and_train(
-    world: World, base: StageSimulation, method: Method, updates: int, before: float
-) -> dict[str, float]:
-    def loss(simulation: StageSimulation, steps: int = 0) -> float:
-        for _ in range(steps):
-            simulation.train_step()
-        return simulation.validate(world.validation) - before
-
-    budget = world.scale.healing_budget
-    plain, healed = base.fork(method), base.fork(replace(method, healing=HealingPlan(updates)))
-    for simulation in (plain, healed):
-        simulation.fail([MIDDLE])
-    values = (loss(plain), loss(healed), loss(plain, budget), loss(healed, budget), loss(plain, budget))
-    return dict(zip(_STATES, values, strict=True))

@@ -22,7 +22,8 @@ from holdfast.optim.config import OptimConfig, OptimName
 from holdfast.trainer.config import DataConfig, DataSource, ModelConfig
 from holdfast.trainer.sources import find_source
 from holdfast.trainer.split import Division, Split
-from holdfast.trainer.stage_simulation import Batch, Failure, HealingPlan, Method, StageSimulation, draw_failures
+from holdfast.trainer.stage_method import HealingPlan, Method
+from holdfast.trainer.stage_simulation import Batch, Failure, StageSimulation, draw_failures
 
 __all__ = [
     "ENDS",
@@ -80,6 +81,10 @@ class Scale:
     """At most."""
     healing_budget: int
     """Training steps that healing costs as much as."""
+    ages: tuple[int, ...]
+    """Steps since a stage's own copy was taken, the youngest first."""
+    copy_every: int
+    """Steps between such copies in a run with failures."""
     windows: int
     """Of validation."""
 
@@ -126,6 +131,8 @@ QUICK = Scale(
     regain=((1200, 3),),
     regain_steps=40,
     healing_budget=5,
+    ages=(20, 100),
+    copy_every=40,
     windows=64,
 )
 FULL = Scale(
@@ -143,6 +150,8 @@ FULL = Scale(
     regain=tuple((point, stage) for point in (300, 1000, 3000) for stage in range(STAGES)),
     regain_steps=300,
     healing_budget=10,
+    ages=(100, 1000),
+    copy_every=100,
     windows=128,
 )
 
@@ -260,21 +269,25 @@ class World:
 
     def train(self, method: Method, failures: Sequence[Failure], *, until: int = 0) -> Run:
         """``Scale.steps`` steps, or until ``until`` of them count."""
+        return self.go_on(self.simulation(method), failures, until=until)
+
+    def go_on(self, simulation: StageSimulation, failures: Sequence[Failure], *, until: int = 0) -> Run:
+        """As ``train``, from where the simulation is; the steps of failures count from there."""
         self._order = hashlib.blake2b(digest_size=8)
-        simulation, lost = self.simulation(method), {failure.step: failure.stages for failure in failures}
+        lost, begin = {failure.step: failure.stages for failure in failures}, simulation.executed
         losses, suffered = [simulation.validate(self.validation)], list[int]()
-        while self._goes_on(simulation, until):
-            if stages := lost.get(simulation.executed):
-                suffered += [simulation.executed] * len(stages)
+        while self._goes_on(simulation, begin, until):
+            if stages := lost.get(simulation.executed - begin):
+                suffered += [simulation.executed - begin] * len(stages)
                 simulation.fail(stages)
             simulation.train_step()
-            if simulation.executed % self.scale.every == 0 or simulation.step == until:
+            if (simulation.executed - begin) % self.scale.every == 0 or simulation.step == until:
                 losses.append(simulation.validate(self.validation))
-        return Run(losses, suffered, simulation.executed, simulation.step, self._order.hexdigest())
+        return Run(losses, suffered, simulation.executed - begin, simulation.step, self._order.hexdigest())
 
-    def _goes_on(self, simulation: StageSimulation, until: int) -> bool:
+    def _goes_on(self, simulation: StageSimulation, begin: int, until: int) -> bool:
         if not until:
-            return simulation.executed < self.scale.steps
+            return simulation.executed - begin < self.scale.steps
         return simulation.step < until and simulation.executed < self._most
 
 

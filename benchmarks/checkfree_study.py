@@ -8,7 +8,7 @@ never trained on. Of 20 intervals one misses its value by chance, and claims are
 model this small trained this briefly says how large effects are *here*: what is confirmed or contradicted is so at
 this scale, and "not decided" is an answer too. Stages count from 0.
 
-`--quick` takes minutes on one core, the default hours. With `--results FILE` finished parts are kept there, and an
+`--quick` takes up to an hour on one core, the default many. With `--results FILE` finished parts are kept there, and an
 interrupted study goes on. Plots are written if matplotlib is there (pip install matplotlib); nothing else needs it.
 """
 
@@ -25,6 +25,8 @@ from pathlib import Path
 import checkfree_baselines
 import checkfree_claims
 import checkfree_damage
+import checkfree_healing
+import checkfree_remedies
 import checkfree_training
 import torch
 from checkfree_claims import Section, claims_table
@@ -43,7 +45,11 @@ EXPERIMENTS: Mapping[str, Callable[[Study], Section]] = {
     "edges": checkfree_training.edges,
     "rollback": checkfree_baselines.rollback,
     "ablations": checkfree_baselines.ablations,
-    "healing": checkfree_damage.healing,
+    "healing": checkfree_healing.healing,
+    "gaps": checkfree_healing.gaps,
+    "own_copy": checkfree_remedies.own_copy,
+    "gain": checkfree_remedies.gain,
+    "remedies": checkfree_remedies.remedies,
 }
 
 
@@ -100,7 +106,7 @@ def plot(study: Study, sections: Mapping[str, Section], stem: Path) -> list[Path
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="minutes instead of hours")
+    parser.add_argument("--quick", action="store_true", help="an hour at most instead of many")
     parser.add_argument("--only", nargs="*", choices=tuple(EXPERIMENTS), default=tuple(EXPERIMENTS))
     parser.add_argument("--text", type=Path, help="file to train on; default: the interpreter's standard library")
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11), metavar="2..10")

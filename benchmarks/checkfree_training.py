@@ -32,7 +32,7 @@ from checkfree_runs import ENDS, EXACT, STAGES, Study
 from record import table
 
 from holdfast.fault_tolerance.stage_policy import Repair
-from holdfast.trainer.stage_simulation import Method
+from holdfast.trainer.stage_method import Method
 
 __all__ = ["edges", "figure_two", "rates", "swap"]
 

@@ -1,8 +1,8 @@
 """What crossed a stage's two boundaries lately, kept by its neighbours, and what it is good for once the stage is lost.
 
 In training a stage's inputs pass through the rank before it, its outputs through the rank behind it. Each copies what
-it sends or receives anyway into a :class:`BoundaryLog`, so that a stage rebuilt approximately can be fitted, alone, to
-what the lost one answered: :func:`heal`. Logs cost memory and a copy, and no traffic.
+it sends or receives anyway into a :class:`BoundaryLog`, so that a stage rebuilt approximately can be fitted to what the
+lost one answered, alone: :func:`heal`, :func:`fit_gain`. Logs cost memory and a copy, and no traffic.
 
 The paper (CheckFree, arXiv 2506.15461) has no such step. Its released code holds the idea, unused: the ablations fit
 a stage in 8 steps to caches that nothing fills, and the method itself in 0.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import ConfigurationError
 
-__all__ = ["BoundaryLog", "Healing", "Pair", "angular_distance", "heal", "pairs"]
+__all__ = ["BoundaryLog", "Healing", "Pair", "angular_distance", "fit_gain", "heal", "pairs"]
 
 Key = tuple[int, int]
 """Step and microbatch."""
@@ -176,21 +176,58 @@ def heal(
     if problems := _problems(pairs, steps, lr, pairs_per_step, held_out):
         raise ConfigurationError(problems)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    n_judges = min(len(pairs) - 1, max(1, round(held_out * len(pairs))))
-    judges, teachers = [pairs[i] for i in order[:n_judges]], [pairs[i] for i in order[n_judges:]]
+    judges, teachers = _split(pairs, held_out, generator)
     with _evaluating(stage):
         fit = _Fit(stage)
         before = fit.loss(judges)
         made = fit.run(_draws(teachers, steps, pairs_per_step, generator), lr, steps)
         if made < steps:
             return Healing(before, math.nan, False, made, f"the fit was not finite at update {made + 1} of {steps}")
-        fitted = fit.loss(judges)
-        is_kept = fitted < before
-        if is_kept:
-            fit.keep()
+        return _judged(fit, before, judges, made)
+
+
+def fit_gain(
+    stage: nn.Module, pairs: Sequence[Pair], *, output_suffixes: Sequence[str], held_out: float = 0.25, seed: int = 0
+) -> Healing:
+    """Scale what a rebuilt stage adds to the residual stream by one number, and keep that where it is better.
+
+    The number is the least-squares one of ``outputs - inputs`` on ``stage(inputs) - inputs``, at least 0, over the
+    pairs that are not held out, drawn as in :func:`heal`. Matrices whose names end in ``output_suffixes`` are
+    multiplied by it: all that write to the stream. Where these are linear and alone that is the best gain there is;
+    several in turn also see each other's change, which the pairs held out judge. It costs a forward pass over the
+    pairs and no update. In neither the paper nor its code.
+
+    Raises: ConfigurationError as :func:`heal`, and for suffixes of no trainable parameter.
+    """
+    if problems := _problems(pairs, 1, 1.0, 1, held_out):
+        raise ConfigurationError(problems)
+    judges, teachers = _split(pairs, held_out, torch.Generator().manual_seed(seed))
+    with _evaluating(stage):
+        fit = _Fit(stage)
+        before = fit.loss(judges)
+        gain = fit.gain(teachers)
+        if not math.isfinite(gain):
+            return Healing(before, math.nan, False, 0, f"the least-squares gain is {gain}, which is not finite")
+        fit.scale(max(0.0, gain), output_suffixes)
+        return _judged(fit, before, judges, 1)
+
+
+def _split(pairs: Sequence[Pair], held_out: float, generator: torch.Generator) -> tuple[list[Pair], list[Pair]]:
+    """Pairs that judge, and those that teach."""
+    order = torch.randperm(len(pairs), generator=generator).tolist()
+    n_judges = min(len(pairs) - 1, max(1, round(held_out * len(pairs))))
+    return [pairs[i] for i in order[:n_judges]], [pairs[i] for i in order[n_judges:]]
+
+
+def _judged(fit: _Fit, before: float, judges: Sequence[Pair], made: int) -> Healing:
+    fitted = fit.loss(judges)
+    is_kept = fitted < before
+    if is_kept:
+        fit.keep()
     verdict = "lower" if is_kept else "no lower"
-    return Healing(before, fitted, is_kept, made, f"the loss on {n_judges} pair(s) held out is {verdict} than before")
+    return Healing(
+        before, fitted, is_kept, made, f"the loss on {len(judges)} pair(s) held out is {verdict} than before"
+    )
 
 
 def _problems(pairs: Sequence[Pair], steps: int, lr: float, pairs_per_step: int, held_out: float) -> list[str]:
@@ -255,7 +292,32 @@ class _Fit:
         for name, param in self._params.items():
             param.copy_(self._masters[name])
 
+    @torch.no_grad()
+    def gain(self, pairs: Sequence[Pair]) -> float:
+        """Below 0 where what the stage adds points the wrong way; 1 for a stage that adds nothing."""
+        product = square = 0.0
+        for pair in pairs:
+            inputs = pair.inputs.double()
+            added = self._answer(pair).double() - inputs
+            product += float((added * (pair.outputs.double() - inputs)).sum())
+            square += float(added.square().sum())
+        return product / square if square else 1.0
+
+    @torch.no_grad()
+    def scale(self, gain: float, suffixes: Sequence[str]) -> None:
+        found = [master for name, master in self._masters.items() if name.endswith(tuple(suffixes))]
+        if not found:
+            raise ConfigurationError(f"no trainable parameter of the stage ends in {list(suffixes)}: nothing to scale")
+        for master in found:
+            master.mul_(gain)
+
     def _loss(self, pair: Pair) -> Tensor:
+        out = self._answer(pair)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        target = pair.outputs.to(wide)
+        return (out.to(wide) - target).square().mean() / target.var(correction=0).clamp_min(_LEAST_VARIANCE)
+
+    def _answer(self, pair: Pair) -> Tensor:
         weights = {name: master.to(self._params[name].dtype) for name, master in self._masters.items()}
         out: Tensor = torch.func.functional_call(self._stage, weights, (pair.inputs,))
         if out.shape != pair.outputs.shape:
@@ -263,9 +325,7 @@ class _Fit:
                 f"the stage answers {list(out.shape)} to step {pair.key[0]}, microbatch {pair.key[1]}; "
                 f"logged are outputs {list(pair.outputs.shape)}: the logs are not of this stage"
             )
-        wide = torch.promote_types(out.dtype, torch.float32)
-        target = pair.outputs.to(wide)
-        return (out.to(wide) - target).square().mean() / target.var(correction=0).clamp_min(_LEAST_VARIANCE)
+        return out
 
 
 _LEAST_VARIANCE = 1e-12

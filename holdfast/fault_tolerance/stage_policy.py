@@ -3,7 +3,8 @@
 A stage is lost when no rank holds its weights any more; while one data-parallel replica lives, the stage is copied from
 it, exactly, whatever was wished. Everything else is approximate: training goes on from weights that no undisturbed run
 would have had. A stage that is lost itself is never a source, not even after it has been rebuilt, so adjacent stages
-lost together need another source (arXiv 2506.15461 leaves them to future work).
+lost together need another source (arXiv 2506.15461 leaves them to future work), unless :class:`GapRepair` says what
+of the stages around them they become.
 
 Stages and layers count from 0, where the paper counts from 1: its S1 is stage 0, its Ss stage s - 1.
 
@@ -23,6 +24,7 @@ from holdfast.fault_tolerance.lanes import Recorded
 
 __all__ = [
     "EndPairs",
+    "GapRepair",
     "MomentRepair",
     "RateMode",
     "Refusal",
@@ -83,6 +85,20 @@ class EndPairs(Enum):
     """All four from their partner, as the released code does: of six stages only two are ever averaged."""
 
 
+class GapRepair(Enum):
+    """What becomes of a stage whose neighbour, that it would be rebuilt from, is lost with it. In neither the paper nor
+    its code."""
+
+    REFUSED = "refused"
+    """It is refused."""
+    INTERPOLATED = "interpolated"
+    """In the place of each lost neighbour the nearest stage that is left in its direction is read. An average weighs
+    both by nearness too, see :func:`holdfast.fault_tolerance.stage_repair.share_across`."""
+    COPIED = "copied"
+    """A copy of the nearest stage that is left, of the one before where two are as near: of two lost stages each
+    becomes its one neighbour that is left."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageRepair:
     """What is done for one lost stage."""
@@ -135,18 +151,21 @@ def plan_repair(
     wish: Repair,
     replicated: Collection[int] = (),
     end_pairs: EndPairs = EndPairs.PAPER,
+    gaps: GapRepair = GapRepair.REFUSED,
 ) -> RepairPlan:
     """What is to be done for each of the ``lost`` stages of a pipeline, or why it cannot be done.
 
     ``layers`` holds the number of layers of each stage, and thereby the number of stages. ``replicated`` are the
     stages that a live data-parallel replica still holds; each of them can be rebuilt, and be a source for others.
+    ``gaps`` is for adjacent stages lost together.
 
     Raises: ConfigurationError for stages that do not exist, or without layers.
     """
     if problems := _problems(layers, lost, replicated):
         raise ConfigurationError(problems)
     gone = frozenset(lost) - frozenset(replicated)
-    answers = [_exact(s) if s not in gone else _answer(s, layers, gone, wish, end_pairs) for s in sorted(set(lost))]
+    pipeline = _Pipeline(layers, gone, gaps)
+    answers = [_exact(s) if s not in gone else _answer(s, pipeline, wish, end_pairs) for s in sorted(set(lost))]
     return RepairPlan(
         tuple(each for each in answers if isinstance(each, StageRepair)),
         tuple(each for each in answers if isinstance(each, Refusal)),
@@ -160,6 +179,37 @@ def _problems(layers: Sequence[int], lost: Collection[int], replicated: Collecti
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Pipeline:
+    layers: Sequence[int]
+    gone: Collection[int]
+    """Stages that no replica holds."""
+    gaps: GapRepair
+
+    def beside(self, stage: int, direction: int) -> int:
+        """The next stage before (-1) or behind (1) that is left; -1 or the number of stages where there is none."""
+        found = stage + direction
+        while found in self.gone:
+            found += direction
+        return found
+
+    def nearest(self, stage: int) -> int:
+        inside = [s for s in (self.beside(stage, -1), self.beside(stage, 1)) if 0 <= s < len(self.layers)]
+        return min(inside, key=lambda source: abs(source - stage), default=-1)
+
+    def against(self, stage: int, sources: Sequence[int]) -> str:
+        """Why these cannot be the sources, empty if they can."""
+        outside = [source for source in sources if not 0 <= source < len(self.layers)]
+        if outside:
+            return f"there is no stage {'before' if outside[0] < 0 else 'behind'} it"
+        if also_lost := [source for source in sources if source in self.gone]:
+            return f"stage {also_lost[0]}, which it would be rebuilt from, is lost with it"
+        own = self.layers[stage]
+        if unequal := [source for source in sources if self.layers[source] != own]:
+            return f"it has {own} layers and stage {unequal[0]} has {self.layers[unequal[0]]}; they must be equal"
+        return ""
+
+
 def _exact(stage: int) -> StageRepair:
     return StageRepair(stage, Repair.EXACT, (stage,), False, f"a data-parallel replica of stage {stage} is alive")
 
@@ -169,24 +219,23 @@ def exact_copy(rank: int, source: int) -> StageRepair:
     return StageRepair(rank, Repair.EXACT, (source,), False, f"rank {source} holds the state of rank {rank} too")
 
 
-def _answer(
-    stage: int, layers: Sequence[int], gone: Collection[int], wish: Repair, end_pairs: EndPairs
-) -> StageRepair | Refusal:
+def _answer(stage: int, pipeline: _Pipeline, wish: Repair, end_pairs: EndPairs) -> StageRepair | Refusal:
     if wish is Repair.EXACT:
         return Refusal(stage, f"no data-parallel replica of stage {stage} is alive")
     if wish is Repair.RANDOM:
         return StageRepair(stage, wish, (), True, f"stage {stage} starts from fresh weights, as wished")
     if wish is Repair.IDENTITY:
-        return _identity(stage, layers, gone)
+        return _identity(stage, pipeline)
     if wish is Repair.CHECKFREE_PLUS:
-        if len(layers) < _FEWEST_FOR_PLUS:
+        stages = len(pipeline.layers)
+        if stages < _FEWEST_FOR_PLUS:
             return Refusal(
                 stage,
-                f"{wish.name} swaps the first two and the last two stages; {len(layers)} stages are too few, "
+                f"{wish.name} swaps the first two and the last two stages; {stages} stages are too few, "
                 f"{_FEWEST_FOR_PLUS} are needed",
             )
-        wish = _meaning_of_plus(stage, len(layers), end_pairs)
-    return _from_neighbours(stage, layers, gone, wish)
+        wish = _meaning_of_plus(stage, stages, end_pairs)
+    return _from_neighbours(stage, pipeline, wish)
 
 
 def _meaning_of_plus(stage: int, stages: int, end_pairs: EndPairs) -> Repair:
@@ -197,7 +246,7 @@ def _meaning_of_plus(stage: int, stages: int, end_pairs: EndPairs) -> Repair:
     return Repair.CHECKFREE
 
 
-_NEIGHBOURS = {
+_DIRECTIONS = {
     Repair.CHECKFREE: (-1, 1),
     Repair.UNIFORM: (-1, 1),
     Repair.COPY_PREVIOUS: (-1,),
@@ -211,33 +260,32 @@ _WORDS = {
 }
 
 
-def _from_neighbours(stage: int, layers: Sequence[int], gone: Collection[int], repair: Repair) -> StageRepair | Refusal:
-    sources = tuple(stage + offset for offset in _NEIGHBOURS[repair])
-    if against := _against(stage, sources, layers, gone):
+def _from_neighbours(stage: int, pipeline: _Pipeline, repair: Repair) -> StageRepair | Refusal:
+    sources = tuple(stage + direction for direction in _DIRECTIONS[repair])
+    words = _WORDS[repair]
+    if any(source in pipeline.gone for source in sources) and pipeline.gaps is not GapRepair.REFUSED:
+        repair, sources = _across(stage, pipeline, repair)
+        words = "the average, by nearness too, of" if len(sources) > 1 else "a copy of the nearest that is left,"
+    if against := pipeline.against(stage, sources):
         return Refusal(stage, f"{repair.name} of stage {stage}: {against}")
     named = " and ".join(f"stage {source}" for source in sources)
-    return StageRepair(stage, repair, sources, True, f"stage {stage} becomes {_WORDS[repair]} {named}")
+    return StageRepair(stage, repair, sources, True, f"stage {stage} becomes {words} {named}")
 
 
-def _identity(stage: int, layers: Sequence[int], gone: Collection[int]) -> StageRepair:
+def _across(stage: int, pipeline: _Pipeline, repair: Repair) -> tuple[Repair, tuple[int, ...]]:
+    if pipeline.gaps is GapRepair.COPIED:
+        source = pipeline.nearest(stage)
+        return Repair.COPY_NEXT if source > stage else Repair.COPY_PREVIOUS, (source,)
+    return repair, tuple(pipeline.beside(stage, direction) for direction in _DIRECTIONS[repair])
+
+
+def _identity(stage: int, pipeline: _Pipeline) -> StageRepair:
     """Needs no neighbour, but takes one where there is one: norms and inner matrices of a trained stage."""
-    near = [(source,) for source in (stage - 1, stage + 1) if not _against(stage, (source,), layers, gone)]
+    near = [(source,) for source in (stage - 1, stage + 1) if not pipeline.against(stage, (source,))]
     sources = near[0] if near else ()
     inside = f"those of stage {sources[0]}" if sources else "fresh"
     reason = f"stage {stage} passes on its input; its other weights are {inside}"
     return StageRepair(stage, Repair.IDENTITY, sources, True, reason)
-
-
-def _against(stage: int, sources: Sequence[int], layers: Sequence[int], gone: Collection[int]) -> str:
-    """Why these cannot be the sources, empty if they can."""
-    outside = [source for source in sources if not 0 <= source < len(layers)]
-    if outside:
-        return f"there is no stage {'before' if outside[0] < 0 else 'behind'} it"
-    if also_lost := [source for source in sources if source in gone]:
-        return f"stage {also_lost[0]}, which it would be rebuilt from, is lost with it"
-    if unequal := [source for source in sources if layers[source] != layers[stage]]:
-        return f"it has {layers[stage]} layers and stage {unequal[0]} has {layers[unequal[0]]}; they must be equal"
-    return ""
 
 
 @dataclass(frozen=True, slots=True)

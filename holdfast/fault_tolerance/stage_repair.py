@@ -30,6 +30,7 @@ __all__ = [
     "previous_share",
     "rebuild",
     "rebuild_moments",
+    "share_across",
 ]
 
 Weights = Mapping[str, Tensor]
@@ -100,6 +101,17 @@ def previous_share(previous_norm: float, next_norm: float, weighting: Weighting 
     return before / (before + behind)
 
 
+def share_across(share: float, stage: int, sources: tuple[int, int]) -> float:
+    """``share`` of the first source where the two sources are not the neighbours: each weighs by nearness too.
+
+    Weights of a lost stage at ``d`` from the one before and ``e`` from the one behind are in the ratio of ``share / d``
+    to ``(1 - share) / e``: equal shares of two lost stages' outer neighbours become 2/3 and 1/3, and a single lost
+    stage keeps its share. Shares of 0 and 1 stay. In neither the paper nor its code.
+    """
+    before, behind = share * (sources[1] - stage), (1.0 - share) * (stage - sources[0])
+    return before / (before + behind)
+
+
 def average(previous: Weights, following: Weights, share: float) -> dict[str, Tensor]:
     """``share * previous + (1 - share) * following`` of each tensor, which have equal names and shapes.
 
@@ -134,7 +146,8 @@ def rebuild(
     """The weights of the lost stage, tensor by tensor.
 
     ``like`` has its names, shapes and dtypes; values are never read. ``sources`` are the weights of
-    ``StageRepair.sources`` in their order. ``share`` is :func:`previous_share` for CHECKFREE; UNIFORM ignores it.
+    ``StageRepair.sources`` in their order. ``share`` of the first source is for CHECKFREE, see :func:`previous_share`,
+    and UNIFORM, where it is 0.5 but for stages lost together, see :func:`share_across`.
     ``initial`` makes fresh tensors for RANDOM, and for IDENTITY without a source. ``output_suffixes`` end the names
     of the matrices that IDENTITY zeroes: all that write to the residual stream.
 
@@ -162,7 +175,7 @@ def _make(
     output_suffixes: Sequence[str],
 ) -> dict[str, Tensor]:
     if repair in (Repair.CHECKFREE, Repair.UNIFORM):
-        return average(sources[0], sources[1], share if repair is Repair.CHECKFREE else 0.5)
+        return average(sources[0], sources[1], share)
     made = _copies(sources[0]) if sources else _fresh(like, initial)
     if repair is Repair.IDENTITY:
         made.update({name: torch.zeros_like(made[name]) for name in like if name.endswith(tuple(output_suffixes))})
@@ -196,7 +209,7 @@ def _problems(
     if len(sources) not in _SOURCES[repair]:
         wanted = " or ".join(map(str, _SOURCES[repair]))
         found.append(f"{repair.name} reads {wanted} other stages; {len(sources)} were given")
-    if repair is Repair.CHECKFREE and not 0.0 <= share <= 1.0:
+    if repair in (Repair.CHECKFREE, Repair.UNIFORM) and not 0.0 <= share <= 1.0:
         found.append(f"share={share} of the stage before must be from 0 to 1")
     if repair in (Repair.RANDOM, Repair.IDENTITY) and not sources and initial is None:
         found.append(f"{repair.name} without a source needs an initialiser: pass initial=")

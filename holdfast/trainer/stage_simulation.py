@@ -2,7 +2,7 @@
 
 The same partition, routes, repairs and healing as between processes; only messages are missing. Failures and batches
 come from outside, so that every method meets the same ones. A stage that fails is destroyed first: its weights and
-moments become NaN, as does its rate's history; whatever reads them shows.
+moments become NaN, so that whatever reads them shows, and what it has logged of its neighbours is gone.
 
 Source: CheckFree and CheckFree+, arXiv 2506.15461, sections 4.2, 4.3 and 5; failures happen at the start of a step.
 """
@@ -21,31 +21,24 @@ from torch import Tensor, nn
 
 from holdfast import optim
 from holdfast.errors import ConfigurationError
-from holdfast.fault_tolerance.boundary_log import BoundaryLog, Healing, angular_distance, heal, pairs
-from holdfast.fault_tolerance.stage_policy import (
-    EndPairs,
-    MomentRepair,
-    RateMode,
-    Repair,
-    StageRepair,
-    plan_repair,
-    rate_factor,
-)
+from holdfast.fault_tolerance.boundary_log import BoundaryLog, Healing, Pair, angular_distance, fit_gain, heal, pairs
+from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageRepair, plan_repair, rate_factor
 from holdfast.fault_tolerance.stage_repair import (
-    PAPER_WEIGHTING,
     GradientNorms,
-    Weighting,
+    average,
     previous_share,
     rebuild,
     rebuild_moments,
+    share_across,
 )
 from holdfast.optim.config import OptimConfig
 from holdfast.parallel.partition import equal
 from holdfast.parallel.schedule import one_f_one_b
 from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.model import RESIDUAL_OUTPUTS, Decoder, initial_weight, initialise
+from holdfast.trainer.stage_method import Method
 
-__all__ = ["Failure", "HealingPlan", "Method", "Rebuilt", "StageSimulation", "draw_failures"]
+__all__ = ["Failure", "Rebuilt", "StageSimulation", "draw_failures"]
 
 _LOG_BYTES = 64 << 20
 
@@ -72,37 +65,6 @@ def draw_failures(rate: float, *, steps: int, stages: int, seed: int, immune: Co
 
 
 @dataclass(frozen=True, slots=True)
-class HealingPlan:
-    """How a rebuilt stage is fitted to what its neighbours have logged, see ``boundary_log.heal``."""
-
-    steps: int
-    lr: float = 1e-3
-    logged: int = 8
-    """Microbatches in the log."""
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """What happens to a stage that is lost."""
-
-    repair: Repair = Repair.CHECKFREE
-    """EXACT means that nothing is lost: a copy existed."""
-    swapped: bool = False
-    end_pairs: EndPairs = EndPairs.PAPER
-    weighting: Weighting = PAPER_WEIGHTING
-    moments: MomentRepair = MomentRepair.RESET
-    rate: float = 1.0
-    rate_mode: RateMode = RateMode.ONCE
-    decay_steps: int = 0
-    healing: HealingPlan | None = None
-    rollback_every: int = 0
-    """Instead of repairing go back to a copy of everything that is taken after every so many steps made, lost ones
-    included, as by a clock; 0: never."""
-    clips_each_stage: bool = False
-    """Clip the gradient of each stage by itself, as the released code does, rather than the whole one."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rebuilt:
     """One recovery."""
 
@@ -110,7 +72,9 @@ class Rebuilt:
     stage: int
     repair: Repair
     sources: tuple[int, ...]
+    gain: Healing | None
     healing: Healing | None
+    """Both are one for all stages of a gap; None without a plan, or without enough pairs."""
 
 
 @dataclass
@@ -130,6 +94,33 @@ class _Chain(nn.Module):
         for block in self.layers:
             hidden = block(hidden)
         return hidden
+
+
+class _Logs:
+    """What goes into each stage, kept by the one before it, and what comes out, kept by the one behind."""
+
+    def __init__(self, stages: int) -> None:
+        self._inputs, self._outputs = ([BoundaryLog(_LOG_BYTES) for _ in range(stages)] for _ in range(2))
+
+    def record(self, stage: int, key: tuple[int, int], hidden: Tensor, out: Tensor, *, limit: int) -> None:
+        for log, tensor in ((self._inputs[stage], hidden), (self._outputs[stage], out)):
+            log.record(*key, tensor)
+            while len(log) > limit:  # logs are bounded by bytes; here, by microbatches
+                log.forget_oldest()
+
+    def lose(self, stage: int) -> None:
+        """What the stage itself kept."""
+        for log in (*self._outputs[max(0, stage - 1) : stage], *self._inputs[stage + 1 : stage + 2]):
+            log.clear()
+
+    def forget(self, stage: int) -> None:
+        """What others kept of the stage, which is another one now."""
+        self._inputs[stage].clear()
+        self._outputs[stage].clear()
+
+    def pairs(self, stages: Sequence[int]) -> list[Pair]:
+        """What went into the first and came out of the last of adjacent stages."""
+        return pairs(self._inputs[stages[0]], self._outputs[stages[-1]])
 
 
 class StageSimulation:
@@ -167,15 +158,16 @@ class StageSimulation:
         self._ends = self._optimizer(ends)
         self.norms = GradientNorms(optimizer.grad_clip)
         self._histories = [_History() for _ in range(stages)]
-        self._logs = _empty_logs(stages) if method.healing else []
+        self._logs = _Logs(stages)
         self.step = 0
         """Steps whose result counts."""
         self.executed = 0
         """Steps made, those that were lost included."""
         self.rebuilt: list[Rebuilt] = []
         self._saved: dict[str, Any] = {}
-        if method.rollback_every:
-            self._save()
+        self._own_copies: list[dict[str, Tensor]] = []
+        """Weights of each stage, from a while ago."""
+        self._copy_first()
 
     @property
     def stages(self) -> int:
@@ -193,22 +185,34 @@ class StageSimulation:
             total += float(loss.detach())
         self._update()
         self.step, self.executed = self.step + 1, self.executed + 1
-        if self.method.rollback_every and self.executed % self.method.rollback_every == 0:
-            self._save()
+        self._copy_when_due()
         return total / len(batch)
 
     def fork(self, method: Method) -> StageSimulation:
-        """A copy that goes on alone, by another method. Raises: ConfigurationError for one of other routes."""
+        """A copy that goes on alone, by another method, with the old copies of stages that it has.
+
+        Raises: ConfigurationError for a method of other routes.
+        """
         if method.swapped != self.method.swapped:
             raise ConfigurationError(f"swapped={method.swapped}: routes are chosen at the start; build another one")
         shared = (self._batch_of, self._learning_rate)
         made = copy.deepcopy(self, {id(function): function for function in shared})
         made.method = method
-        if method.healing and not made._logs:
-            made._logs = _empty_logs(self.stages)
-        if method.rollback_every:
-            made._save()
+        made._copy_first()
         return made
+
+    def _copy_first(self) -> None:
+        if self.method.rollback_every:
+            self._save()
+        if self.method.own_copy and not self._own_copies:
+            self._copy_stages()
+
+    def _copy_when_due(self) -> None:
+        method = self.method
+        if method.rollback_every and self.executed % method.rollback_every == 0:
+            self._save()
+        if method.own_copy and self.executed % method.own_copy.every == 0:
+            self._copy_stages()
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> float:
@@ -239,13 +243,11 @@ class StageSimulation:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _log(self, stage: int, members: Sequence[int], hidden: Tensor, out: Tensor) -> None:
-        plan = self.method.healing
-        if plan is None:
+        if (plan := self.method.healing) is None:
             return
-        for log, joined in zip(self._logs[stage], (hidden, out), strict=True):
-            for microbatch, tensor in zip(members, joined.chunk(len(members)), strict=True):
-                log.record(self.executed, microbatch, tensor)
-            _keep_newest(log, plan.logged)
+        split = (joined.chunk(len(members)) for joined in (hidden, out))
+        for microbatch, own_hidden, own_out in zip(members, *split, strict=True):
+            self._logs.record(stage, (self.executed, microbatch), own_hidden, own_out, limit=plan.logged)
 
     def _update(self) -> None:
         squares = [_square(chain.parameters()) for chain in self._chains]
@@ -296,16 +298,24 @@ class StageSimulation:
             self._roll_back()
             return []
         plan = plan_repair(
-            [len(blocks) for blocks in self._blocks], lost, wish=self.method.repair, end_pairs=self.method.end_pairs
+            [len(blocks) for blocks in self._blocks],
+            lost,
+            wish=self.method.repair,
+            end_pairs=self.method.end_pairs,
+            gaps=self.method.gaps,
         )
         if not plan.is_complete:
             raise ConfigurationError([refusal.reason for refusal in plan.refusals])
-        found = [self._rebuild(repair) for repair in plan.repairs]
+        for repair in plan.repairs:
+            self._rebuild(repair)
+        fits = {stage: fit for gap in _adjacent(lost) for fit in [self._fit(gap)] for stage in gap}
+        found = [Rebuilt(self.step, each.stage, each.repair, each.sources, *fits[each.stage]) for each in plan.repairs]
         self.rebuilt += found
         return found
 
     @torch.no_grad()
     def _destroy(self, stage: int) -> None:
+        self._logs.lose(stage)
         for parameter in self._chains[stage].parameters():
             parameter.fill_(math.nan)
             parameter.grad = None
@@ -316,12 +326,8 @@ class StageSimulation:
                 if isinstance(value, Tensor) and value.is_floating_point():
                     value.fill_(math.nan)
 
-    def _rebuild(self, repair: StageRepair) -> Rebuilt:
-        stage, chain = repair.stage, self._chains[repair.stage]
-        share = 0.5
-        if repair.repair is Repair.CHECKFREE:
-            before, behind = (self.norms.get(source, self.method.weighting) for source in repair.sources)
-            share = previous_share(before, behind, self.method.weighting)
+    def _rebuild(self, repair: StageRepair) -> None:
+        stage, chain, share = repair.stage, self._chains[repair.stage], self._share(repair)
         weights = rebuild(
             repair.repair,
             dict(chain.named_parameters()),
@@ -330,12 +336,24 @@ class StageSimulation:
             initial=self._initial(stage),
             output_suffixes=RESIDUAL_OUTPUTS,
         )
+        if own := self.method.own_copy:
+            weights = average(self._own_copies[stage], weights, own.share)
         with torch.no_grad():
             for name, parameter in chain.named_parameters():
                 parameter.copy_(weights[name])
         self._renew_optimizer(repair, share)
         self._histories[stage] = _History(self._histories[stage].recoveries + 1, self.step)
-        return Rebuilt(self.step, stage, repair.repair, repair.sources, self._heal(stage))
+
+    def _share(self, repair: StageRepair) -> float:
+        """Of the first source in an average."""
+        if repair.repair not in (Repair.CHECKFREE, Repair.UNIFORM):
+            return 0.5
+        first, second = repair.sources
+        share = 0.5
+        if repair.repair is Repair.CHECKFREE:
+            before, behind = (self.norms.get(source, self.method.weighting) for source in (first, second))
+            share = previous_share(before, behind, self.method.weighting)
+        return share_across(share, repair.stage, (first, second))
 
     def _initial(self, stage: int) -> Callable[[str, Sequence[int]], Tensor]:
         """Fresh weights, other ones at every recovery."""
@@ -365,16 +383,23 @@ class StageSimulation:
         optimizer = self._optimizers[stage]
         return {name: optimizer.state[parameter] for name, parameter in self._chains[stage].named_parameters()}
 
-    def _heal(self, stage: int) -> Healing | None:
-        plan = self.method.healing
-        if plan is None:
-            return None
-        found = pairs(*self._logs[stage])
-        if len(found) < 2:
-            return None
-        return heal(self._chains[stage], found, steps=plan.steps, lr=plan.lr, seed=self.seed)
+    def _fit(self, gap: Sequence[int]) -> tuple[Healing | None, Healing | None]:
+        """The gain of adjacent rebuilt stages, and how they were healed; swapped routes have no one order of them."""
+        found = self._logs.pairs(gap)
+        for stage in gap:
+            self._logs.forget(stage)
+        plan, is_one_chain = self.method.healing, len(gap) == 1 or not self.method.swapped
+        if plan is None or not is_one_chain or len(found) < 2:
+            return None, None
+        chain = nn.Sequential(*(self._chains[stage] for stage in gap))
+        gain = fit_gain(chain, found, output_suffixes=RESIDUAL_OUTPUTS, seed=self.seed) if plan.has_gain else None
+        healed = heal(chain, found, steps=plan.steps, lr=plan.lr, seed=self.seed) if plan.steps else None
+        return gain, healed
 
-    # -- rollback -------------------------------------------------------------------------------------------------
+    # -- copies ---------------------------------------------------------------------------------------------------
+
+    def _copy_stages(self) -> None:
+        self._own_copies = [{n: p.detach().clone() for n, p in chain.named_parameters()} for chain in self._chains]
 
     def _save(self) -> None:
         state = [optimizer.state_dict() for optimizer in (*self._optimizers, self._ends)]
@@ -395,15 +420,15 @@ def _groups(routes: Sequence[tuple[int, ...]], is_joined: bool) -> list[tuple[tu
     return [(route, [n for n, other in enumerate(routes) if other == route]) for route in dict.fromkeys(routes)]
 
 
-def _empty_logs(stages: int) -> list[tuple[BoundaryLog, BoundaryLog]]:
-    """What goes into each stage, and what comes out."""
-    return [(BoundaryLog(_LOG_BYTES), BoundaryLog(_LOG_BYTES)) for _ in range(stages)]
-
-
-def _keep_newest(log: BoundaryLog, count: int) -> None:
-    """Logs are bounded by bytes; here, by microbatches."""
-    while len(log) > count:
-        log.forget_oldest()
+def _adjacent(stages: Sequence[int]) -> list[list[int]]:
+    """The gaps that these stages leave, in the order of the pipeline."""
+    gaps = list[list[int]]()
+    for stage in sorted(set(stages)):
+        if gaps and stage == gaps[-1][-1] + 1:
+            gaps[-1].append(stage)
+        else:
+            gaps.append([stage])
+    return gaps
 
 
 def _square(parameters: Iterator[nn.Parameter]) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigurationError
-from holdfast.fault_tolerance.boundary_log import BoundaryLog, Pair, angular_distance, heal, pairs
+from holdfast.fault_tolerance.boundary_log import BoundaryLog, Pair, angular_distance, fit_gain, heal, pairs
 
 _D = 8
 
@@ -262,6 +262,80 @@ def test_adjacent_lost_stages_heal_together_between_the_outer_boundaries() -> No
     healing = heal(rebuilt, _answers(lost, 16), steps=300, lr=1e-2)
     assert healing.after < 0.1 * healing.before
     assert all(not torch.equal(p, state[name]) for name, p in rebuilt.named_parameters())
+
+
+def test_a_joint_fit_reaches_the_best_that_two_linear_stages_can_do() -> None:
+    """A narrow boundary between them: no product of 8×3 and 3×8 matrices is nearer than what is left of the singular
+    values (Eckart and Young), for inputs that are the unit vectors."""
+    generator = torch.Generator().manual_seed(0)
+    wanted, unit = torch.randn(_D, _D, generator=generator), torch.eye(_D)
+    answers = [Pair((0, i), unit[None], (unit @ wanted.T)[None]) for i in range(3)]
+    chain = nn.Sequential(nn.Linear(_D, 3, bias=False), nn.Linear(3, _D, bias=False))
+    with torch.no_grad():
+        for layer in chain:
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / 3)
+    healing = heal(chain, answers, steps=2000, lr=2e-2)
+    y = answers[0].outputs.double()
+    least = torch.linalg.svdvals(wanted.double())[3:].square().sum() / y.numel() / y.var(correction=0)
+    assert healing.after == pytest.approx(float(least), rel=1e-3)
+
+
+class _Scaled(nn.Module):
+    """Adds ``scale`` times a linear map of its input."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.out = nn.Linear(_D, _D, bias=False)
+        with torch.no_grad():
+            self.out.weight.copy_(scale * torch.randn(_D, _D, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out_BTD: Tensor = x_BTD + self.out(x_BTD)
+        return out_BTD
+
+
+@pytest.mark.parametrize(("true", "found"), [(0.37, 0.37), (2.5, 2.5), (-1.0, 0.0)])
+def test_a_gain_is_found_to_the_last_digits_and_is_never_negative(true: float, found: float) -> None:
+    stage, answers = _Scaled(1.0), _answers(_Scaled(true), 6)
+    healing = fit_gain(stage, answers, output_suffixes=["out.weight"])
+    torch.testing.assert_close(stage.out.weight, _Scaled(found).out.weight, rtol=1e-5, atol=1e-6)
+    assert healing.is_kept and healing.steps == 1
+    assert healing.after < (1e-9 if true > 0 else healing.before)
+
+
+def test_a_gain_is_the_least_squares_one() -> None:
+    """Of answers that no gain gives, against a solver in fp64."""
+    stage, (pair,) = _Scaled(1.0), _answers(_residual(1), 1)
+    pair = Pair(pair.key, pair.inputs, pair.inputs + 0.6 * stage(pair.inputs).detach() + 0.1 * pair.outputs)
+    added = (stage(pair.inputs) - pair.inputs).detach().double().reshape(-1, 1)
+    wanted = torch.linalg.lstsq(added, (pair.outputs - pair.inputs).double().reshape(-1, 1)).solution.item()
+    assert wanted > 0.1
+    assert fit_gain(stage, [pair, Pair((9, 9), pair.inputs, pair.outputs)], output_suffixes=["out.weight"]).is_kept
+    torch.testing.assert_close(stage.out.weight, _Scaled(wanted).out.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gain_that_the_pairs_held_out_do_not_confirm_is_thrown_away() -> None:
+    """One pair says 0 and the other 2: whichever teaches, the other is farther off than before."""
+    (silent,), (loud,) = (_answers(_Scaled(scale), 1) for scale in (0.0, 2.5))
+    stage = _Scaled(1.0)
+    state = _state(stage)
+    healing = fit_gain(stage, [silent, Pair((9, 9), loud.inputs, loud.outputs)], output_suffixes=["out.weight"])
+    assert not healing.is_kept and healing.fitted > healing.before == healing.after
+    assert _is_same(stage, state) and stage.training
+
+
+def test_a_stage_that_adds_nothing_or_no_number_keeps_its_gain() -> None:
+    stage = _Scaled(0.0)
+    assert not fit_gain(stage, _answers(_Scaled(1.0), 3), output_suffixes=["out.weight"]).is_kept
+    spoilt = [Pair(p.key, p.inputs * math.inf, p.outputs) for p in _answers(_Scaled(1.0), 3)]
+    assert "not finite" in fit_gain(_Scaled(1.0), spoilt, output_suffixes=["out.weight"]).reason
+
+
+def test_a_gain_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"ends in \['wo.weight'\]: nothing to scale"):
+        fit_gain(_Scaled(1.0), _answers(_Scaled(0.5), 3), output_suffixes=["wo.weight"])
+    with pytest.raises(ConfigurationError, match="1 pair"):
+        fit_gain(_Scaled(1.0), _answers(_Scaled(0.5), 1), output_suffixes=["out.weight"])
 
 
 def test_a_tied_matrix_stays_tied() -> None:

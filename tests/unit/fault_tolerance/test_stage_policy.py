@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.stage_policy import (
     EndPairs,
+    GapRepair,
     RateMode,
     Refusal,
     Repair,
@@ -109,6 +110,41 @@ def test_adjacent_stages_lost_together_cannot_be_averaged() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("wish", "gaps", "lost", "done"),
+    [
+        (Repair.CHECKFREE, GapRepair.INTERPOLATED, {2, 3}, [("CHECKFREE", (1, 4)), ("CHECKFREE", (1, 4))]),
+        (Repair.UNIFORM, GapRepair.INTERPOLATED, {1, 2, 3}, [("UNIFORM", (0, 4))] * 3),
+        (Repair.UNIFORM, GapRepair.INTERPOLATED, {1, 3, 4}, [("UNIFORM", (0, 2)), *[("UNIFORM", (2, 5))] * 2]),
+        (Repair.COPY_PREVIOUS, GapRepair.INTERPOLATED, {2, 3}, [("COPY_PREVIOUS", (1,))] * 2),
+        (Repair.CHECKFREE_PLUS, GapRepair.INTERPOLATED, {0, 1}, [("COPY_NEXT", (2,)), None]),
+        (Repair.CHECKFREE, GapRepair.COPIED, {2, 3}, [("COPY_PREVIOUS", (1,)), ("COPY_NEXT", (4,))]),
+        (Repair.CHECKFREE, GapRepair.COPIED, {1, 2, 3}, [("COPY_PREVIOUS", (0,))] * 2 + [("COPY_NEXT", (4,))]),
+        (Repair.COPY_PREVIOUS, GapRepair.COPIED, {0, 1}, [None, ("COPY_NEXT", (2,))]),
+        (Repair.UNIFORM, GapRepair.COPIED, set(range(6)), [None] * 6),
+        (Repair.IDENTITY, GapRepair.INTERPOLATED, {2, 3}, [("IDENTITY", (1,)), ("IDENTITY", (4,))]),
+    ],
+)
+def test_a_gap_is_rebuilt_from_what_is_left_around_it(
+    wish: Repair, gaps: GapRepair, lost: set[int], done: list[tuple[str, tuple[int, ...]] | None]
+) -> None:
+    plan = plan_repair(_SIX, lost, wish=wish, gaps=gaps)
+    found = {each.stage: (each.repair.name, each.sources) for each in plan.repairs}
+    assert [found.get(stage) for stage in sorted(lost)] == done
+    assert {each.stage for each in plan.refusals} == lost - set(found)
+
+
+def test_layers_across_a_gap_must_match_and_a_lone_loss_is_no_gap() -> None:
+    assert _refusal(plan_repair((2, 1, 1, 1), {1}, wish=Repair.UNIFORM, gaps=GapRepair.INTERPOLATED)).stage == 1
+    plan = plan_repair((2, 1, 1, 1), {1, 2}, wish=Repair.UNIFORM, gaps=GapRepair.INTERPOLATED)
+    assert [each.reason for each in plan.refusals] == [
+        f"UNIFORM of stage {stage}: it has 1 layers and stage 0 has 2; they must be equal" for stage in (1, 2)
+    ]
+    for wish in Repair:
+        alone = {gaps: plan_repair(_SIX, {2, 4}, wish=wish, gaps=gaps) for gaps in GapRepair}
+        assert len({(plan.repairs, plan.refusals) for plan in alone.values()}) == 1
+
+
 def test_stages_lost_apart_are_averaged_together() -> None:
     plan = plan_repair(_SIX, {1, 3}, wish=Repair.CHECKFREE)
     assert [each.sources for each in plan.repairs] == [(0, 2), (2, 4)]
@@ -168,12 +204,13 @@ def test_what_does_not_exist_is_reported_together() -> None:
     st.sets(st.integers(0, 7)),
     st.sampled_from(Repair),
     st.sampled_from(EndPairs),
+    st.sampled_from(GapRepair),
 )
 def test_no_plan_reads_a_stage_that_is_gone(
-    layers: list[int], lost: set[int], replicated: set[int], wish: Repair, end_pairs: EndPairs
+    layers: list[int], lost: set[int], replicated: set[int], wish: Repair, end_pairs: EndPairs, gaps: GapRepair
 ) -> None:
     lost, replicated = ({s for s in given_ if s < len(layers)} for given_ in (lost, replicated))
-    plan = plan_repair(layers, lost, wish=wish, replicated=replicated, end_pairs=end_pairs)
+    plan = plan_repair(layers, lost, wish=wish, replicated=replicated, end_pairs=end_pairs, gaps=gaps)
     assert sorted(each.stage for each in (*plan.repairs, *plan.refusals)) == sorted(lost)
     for each in plan.repairs:
         assert not set(each.sources) & (lost - replicated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from holdfast.fault_tolerance.stage_repair import (
     previous_share,
     rebuild,
     rebuild_moments,
+    share_across,
 )
 
 _SHAPES = {"0.attention.wo.weight": (6, 4), "0.norm.weight": (4,), "1.attention.wo.weight": (6, 4), "1.bias": ()}
@@ -133,9 +135,24 @@ def test_a_copy_has_the_bits_and_not_the_memory_of_its_source(repair: Repair, st
         assert rebuilt[name].data_ptr() != source[name].data_ptr()
 
 
-def test_uniform_ignores_the_gradients() -> None:
-    rebuilt = rebuild(Repair.UNIFORM, _poisoned(), [_filled(1.0), _filled(4.0)], share=0.9)
-    _assert_equal(rebuilt, _filled(2.5))
+def test_uniform_is_the_plain_average_and_across_a_gap_two_thirds_and_one() -> None:
+    rebuilt = [
+        rebuild(Repair.UNIFORM, _poisoned(), [_filled(1.0), _filled(4.0)], **options)
+        for options in ({}, *({"share": share_across(0.5, stage, (1, 4))} for stage in (2, 3)))
+    ]
+    _assert_equal(rebuilt[0], _filled(2.5))
+    for made, value in zip(rebuilt[1:], (2.0, 3.0), strict=True):
+        assert all(torch.allclose(made[name], tensor) for name, tensor in _filled(value).items())
+
+
+@given(st.floats(0, 1), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9))
+def test_weights_across_a_gap_fall_with_the_distance(share: float, before: int, d: int, e: int) -> None:
+    """Against weights share / d and (1 - share) / e, made to add up to 1 in fractions."""
+    own, other = Fraction(share) / d, (1 - Fraction(share)) / e
+    found = share_across(share, before + d, (before, before + d + e))
+    assert found == pytest.approx(float(own / (own + other)), rel=1e-12, abs=1e-300)
+    if d == e:
+        assert found == pytest.approx(share, rel=1e-12, abs=1e-300)
 
 
 def test_random_weights_are_what_the_initialiser_makes_of_name_and_shape() -> None:

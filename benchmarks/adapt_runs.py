@@ -32,17 +32,17 @@ from holdfast.adapters import (
     finish_task,
     footprint,
     inject,
-    mean_loss,
     start_task,
     train_task,
+    trainable_parameters,
     use_tasks,
 )
 from holdfast.adapters.forgetting import evaluating
-from holdfast.adapters.training import half_cosine
+from holdfast.adapters.training import adamw, half_cosine, snapshot
 from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.model import Decoder, initialise
 
-__all__ = ["ORDERS", "Batch", "Learner", "Run", "Scale", "Study", "Way", "World", "all_bits", "bits", "nats"]
+__all__ = ["ORDERS", "Batch", "Learner", "Run", "Scale", "Study", "Way", "World", "all_bits", "bits"]
 
 ORDERS = (("docs", "python", "arithmetic", "c"), ("c", "arithmetic", "python", "docs"))
 """Even seeds take the first, odd ones the second."""
@@ -194,7 +194,7 @@ class World:
         batches = self.batches(lambda step: self.texts[kinds[step % len(kinds)]].base, "base", scale.base_steps)
         plan = TaskPlan(
             steps=scale.base_steps,
-            optimizer=_optimizer(scale.base_lr),
+            optimizer=adamw(scale.base_lr, fused=True),
             schedule=half_cosine(scale.base_steps, scale.warm_up),
         )
         train_task(model, batches, _loss, plan, [*model.parameters()])
@@ -205,20 +205,11 @@ class World:
         steps = self.scale.steps if steps is None else steps
         length = steps // restarts
         schedule = half_cosine(length, self.scale.warm_up)
-        return TaskPlan(steps=steps, optimizer=_optimizer(rate), schedule=lambda step: schedule(step % length))
+        return TaskPlan(steps=steps, optimizer=adamw(rate, fused=True), schedule=lambda step: schedule(step % length))
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """Bits per byte of every kind of text."""
         return {kind: bits(model, batches) for kind, batches in self.validation.items()}
-
-
-def nats(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Of whole windows, as in training."""
-    return mean_loss(model, batches, _loss)
-
-
-def _optimizer(rate: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def _cut(text: Tensor, starts: Tensor, length: int) -> Batch:
@@ -259,7 +250,7 @@ class Learner:
             return train_task(self.model, self._batches(domain, plan, after), _loss, plan, [*self.model.parameters()])
         self._look(domain)
         start_task(self.model, task, seed=self.world.seed)
-        before = self._current()
+        before = snapshot(trainable_parameters(self.model))
         if prepare is not None:
             prepare(self.model)
         with torch.random.fork_rng([]):
@@ -287,15 +278,10 @@ class Learner:
                 for tokens, _ in islice(self.world.domain(domain), _INPUT_BATCHES):
                     self.model(tokens)
 
-    def _current(self) -> list[Tensor]:
-        layers = adapters_of(self.model).layers.values()
-        return [rows.detach().clone() for layer in layers for rows in layer.current.values()]
-
     @torch.no_grad()
     def _average(self, before: Sequence[Tensor]) -> None:
         share = 1 / (len(self.learned) + 1)
-        layers = adapters_of(self.model).layers.values()
-        for rows, old in zip((r for layer in layers for r in layer.current.values()), before, strict=True):
+        for rows, old in zip(trainable_parameters(self.model), before, strict=True):
             rows.copy_(old.lerp(rows, share))
 
 

@@ -17,7 +17,7 @@ from holdfast.adapters.forgetting import evaluating
 from holdfast.adapters.layer import AdaptedLinear
 from holdfast.adapters.methods.mora import MoRA
 from holdfast.adapters.routing import effective_atoms
-from holdfast.adapters.tasks import abandon_task, start_task
+from holdfast.adapters.tasks import abandon_task, same_tasks, start_task
 from holdfast.errors import ConfigurationError
 
 __all__ = ["RoutingStats", "boundary_jump", "measure_routing"]
@@ -75,7 +75,7 @@ def boundary_jump(model: nn.Module, loss: Callable[[], Tensor | float], *, seed:
     Rounding for methods that add up their tasks; more for MoRA, where new keys join the norm and the selection.
     The model is afterwards as it was. Raises: ConfigurationError while a task is being trained.
     """
-    with evaluating(model), _same_tasks(model):
+    with evaluating(model), same_tasks(model):
         before = float(loss())
         start_task(model, "(untrained)", seed=seed)
         try:
@@ -84,17 +84,6 @@ def boundary_jump(model: nn.Module, loss: Callable[[], Tensor | float], *, seed:
             return float(loss()) - before
         finally:
             abandon_task(model)
-
-
-@contextmanager
-def _same_tasks(model: nn.Module) -> Iterator[None]:
-    """Afterwards every layer shows its own tasks again."""
-    shown = [(layer, layer.shown) for layer in adapters_of(model).layers.values()]
-    try:
-        yield
-    finally:
-        for layer, tasks in shown:
-            layer.show(tasks)
 
 
 @torch.no_grad()

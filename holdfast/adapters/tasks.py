@@ -14,7 +14,7 @@ from holdfast.adapters.adapted import Adapters, adapters_of
 from holdfast.adapters.layer import Shown
 from holdfast.errors import ConfigurationError
 
-__all__ = ["abandon_task", "finish_task", "penalty", "seed_of", "start_task", "use_tasks", "using_tasks"]
+__all__ = ["abandon_task", "finish_task", "penalty", "same_tasks", "seed_of", "start_task", "use_tasks", "using_tasks"]
 
 
 def start_task(model: nn.Module, name: str, *, seed: int = 0) -> None:
@@ -93,13 +93,19 @@ def using_tasks(
     weights: Mapping[str, float] | None = None,
 ) -> Iterator[None]:
     """:func:`use_tasks` for the length of a ``with`` block; then again what was shown before."""
-    layers = adapters_of(model).layers.values()
-    before = [layer.shown for layer in layers]
-    use_tasks(model, first=first, only=only, weights=weights)
+    with same_tasks(model):
+        use_tasks(model, first=first, only=only, weights=weights)
+        yield
+
+
+@contextmanager
+def same_tasks(model: nn.Module) -> Iterator[None]:
+    """Afterwards every layer shows its own tasks again."""
+    before = [(layer, layer.shown) for layer in adapters_of(model).layers.values()]
     try:
         yield
     finally:
-        for layer, tasks in zip(layers, before, strict=True):
+        for layer, tasks in before:
             layer.show(tasks)
 
 

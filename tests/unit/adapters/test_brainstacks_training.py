@@ -42,7 +42,7 @@ from holdfast.adapters.methods.brainstacks import (
     ungated,
     validate,
 )
-from holdfast.adapters.methods.brainstacks.guard import plan_optimizer
+from holdfast.adapters.methods.brainstacks.plan import plan_optimizer
 from holdfast.errors import ConfigurationError, InvariantViolation
 from tests.support.stacks import PLAN, domain, inputs, layered, stacked
 

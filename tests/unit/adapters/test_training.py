@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.adapters import (
     TaskPlan,
+    adapters_of,
     create_method,
     finish_task,
     inject,
@@ -123,6 +125,95 @@ def test_a_task_that_only_gets_worse_ends_as_it_began() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("guard", "answers", "made", "best", "reason"),
+    [
+        ({"spike": 0.5}, [3.0, 1.0, 1.5, 1.6, 0.0], 3, 1, "validation loss 1.6 was more than 0.5 above the best, 1"),
+        ({"patience": 2}, [3.0, 1.0, 1.5, 1.0, 0.0], 3, 1, "2 evaluations brought no improvement"),
+        ({"patience": 2}, [3.0, 3.0, 1.0, 1.0, 0.5], 4, 4, "all steps were taken"),
+        ({}, [3.0, 1.0, math.nan, 0.0], 2, 1, "validation loss nan was more than inf above the best, 1"),
+        ({}, [math.nan, 1.0], 1, 0, "validation loss 1 was more than inf above the best, nan"),
+        ({}, [math.inf, math.inf, 9.0, 8.0, math.inf], 4, 3, "all steps were taken"),
+    ],
+)
+def test_a_guard_ends_it_in_the_best_state(
+    guard: dict[str, float], answers: list[float], made: int, best: int, reason: str
+) -> None:
+    model, states = _model(), list[list[Tensor]]()
+    said = iter(answers)
+
+    def validate(model: nn.Module) -> float:
+        assert not torch.is_grad_enabled()
+        states.append([p.detach().clone() for p in model.parameters()])
+        return next(said)
+
+    plan = TaskPlan(steps=4, optimizer=_SGD, validate=validate, validate_every=1, **guard)
+    report = train_task(model, _batches(), _loss, plan, [*model.parameters()])
+    assert (report.steps, report.best_step, report.ended) == (made, best, reason)
+    assert [step for step, _ in report.validations] == list(range(made + 1))
+    assert [report.before, report.best] == pytest.approx([answers[0], answers[best]], nan_ok=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), states[best], strict=True))
+
+
+def test_a_state_that_a_watched_loss_forbids_is_not_kept() -> None:
+    model, watched = _model(), iter([0.0, 0.2, 0.4])
+    falling = count()
+    plan = TaskPlan(
+        steps=4,
+        optimizer=_SGD,
+        validate=lambda _: -float(next(falling)),
+        validate_every=1,
+        spike=0.3,
+        watch=lambda model: next(watched) + model.training,
+    )
+    report = train_task(model, _batches(), _loss, plan, [*model.parameters()])
+    assert report.ended == "the watched loss 0.4 was more than 0.3 above what it had been, 0"
+    assert (report.steps, report.best_step, report.best) == (2, 1, -1.0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, None])
+def test_a_task_that_breaks_leaves_the_best_state_and_is_not_validated_again(error: type[BaseException] | None) -> None:
+    """By what the batches raise, or by a loss that is not finite."""
+    model, falling = _model(), count()
+
+    def breaking() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from _batches(3)
+        if error is not None:
+            raise error
+        yield _batches(1)[0][0], torch.full((4, 3), math.inf, dtype=torch.float64)
+
+    plan = TaskPlan(steps=9, optimizer=_SGD, validate=lambda _: -float(next(falling)), validate_every=2)
+    with pytest.raises(error) if error else nullcontext():
+        train_task(model, breaking(), _loss, plan, [*model.parameters()])
+    assert next(falling) == 2  # at the start and after two steps
+    other = _model()
+    train_task(other, _batches(2), _loss, TaskPlan(steps=2, optimizer=_SGD), [*other.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_in_evaluation_mode_there_is_neither_dropout_nor_a_penalty() -> None:
+    models = []
+    for dropout, weight, is_training in ((0.5, 9.0, False), (0.0, 0.0, True)):
+        model = _model()
+        inject(model, create_method("olora", {"rank": 2, "dropout": dropout, "orthogonality": weight}))
+        for task in ("first", "second"):
+            start_task(model, task)
+            with torch.no_grad():
+                for rows in trainable_parameters(model):
+                    rows.fill_(0.1)
+            for layer in adapters_of(model).layers.values():
+                layer.count_untrained()
+            if task == "first":
+                finish_task(model)
+        train_task(model, _batches(), _loss, TaskPlan(steps=8, optimizer=_SGD, is_training=is_training))
+        models.append(model)
+    ours, other = (trainable_parameters(model) for model in models)
+    assert all(
+        torch.equal(a, b) and not torch.equal(a, a.new_full(a.shape, 0.1)) for a, b in zip(ours, other, strict=True)
+    )
+
+
 def test_a_step_that_is_not_finite_is_not_taken_and_the_last() -> None:
     model = _model()
     batches = _batches(6)
@@ -152,6 +243,12 @@ def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="steps=0 must be at least 1") as refused:
         TaskPlan(steps=0, optimizer=_SGD, clip=0.0)
     assert len(refused.value.problems) == 2
+    with pytest.raises(ConfigurationError, match="spike=nan must be above 0") as refused:
+        TaskPlan(steps=1, optimizer=_SGD, spike=math.nan, patience=0, validate=lambda _: 0.0)
+    assert len(refused.value.problems) == 2
+    for guard in ({"spike": 0.1}, {"patience": 3}, {"watch": lambda _: 0.0}):
+        with pytest.raises(ConfigurationError, match="need validate"):
+            TaskPlan(steps=1, optimizer=_SGD, **guard)
     inject(model, create_method("lora"))
     with pytest.raises(ConfigurationError, match="nothing to train: start a task"):
         train_task(model, _batches(), _loss, TaskPlan(steps=1, optimizer=_SGD))

@@ -280,8 +280,8 @@ def test_tokens_that_are_mapped_survive_the_replacement(config: DataConfig, cach
 
 
 def test_a_build_that_fails_leaves_nothing(config: DataConfig, cache: Path) -> None:
-    (Path(config.path) / "19.txt").write_bytes(b"")
-    with pytest.raises(DataError, match="holds no text"):
+    (Path(config.path) / "19.txt.gz").write_bytes(b"not compressed")
+    with pytest.raises(DataError, match=r"19\.txt\.gz"):
         prepare(config, cache)
     assert list(cache.iterdir()) == []
 

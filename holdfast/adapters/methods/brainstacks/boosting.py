@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.adapters.adapted import adapters_of
-from holdfast.adapters.methods.brainstacks.guard import Guarded, Optimizers, RoundPlan
+from holdfast.adapters.forgetting import mean_loss
+from holdfast.adapters.methods.brainstacks.plan import RoundPlan
 from holdfast.adapters.methods.brainstacks.projection import protect
 from holdfast.adapters.methods.brainstacks.stacks import Stack, stack_digest, task_name
-from holdfast.adapters.tasks import abandon_task, finish_task, penalty, seed_of, start_task, use_tasks, using_tasks
+from holdfast.adapters.tasks import abandon_task, finish_task, seed_of, start_task, use_tasks, using_tasks
+from holdfast.adapters.training import Batches, Loss, Optimizers, Trained, train_task
 
 __all__ = ["BoostPlan", "Domain", "boost", "validate"]
 
@@ -27,10 +31,9 @@ class Domain:
     """What there is to learn."""
 
     name: str
-    batches: Callable[[int], Iterable[Any]]
+    batches: Callable[[int], Batches]
     """Training batches of a round, from its first step on; the round ends where they end."""
-    loss: Callable[[nn.Module, Any], Tensor]
-    """Of a batch: a scalar, nats."""
+    loss: Loss
     validation: Sequence[Any]
     """Batches of the same loss, unseen in training."""
     tune: Callable[[nn.Module, int], object] | None = None
@@ -87,21 +90,13 @@ def boost(
     return kept
 
 
-@torch.no_grad()
 def validate(model: nn.Module, domain: Domain, weights: Mapping[str, float] | None = None) -> float:
-    """Mean of the domain's loss over its validation batches, in evaluation mode, with these tasks or those in use."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        if weights is None:
-            losses = [float(domain.loss(model, batch)) for batch in domain.validation]
-        else:
-            with using_tasks(model, weights=weights):
-                losses = [float(domain.loss(model, batch)) for batch in domain.validation]
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return sum(losses) / len(losses)
+    """Mean of the domain's loss over its validation batches, in evaluation mode, with these tasks or those in use.
+
+    Raises: ConfigurationError without such batches, and as ``use_tasks``.
+    """
+    with nullcontext() if weights is None else using_tasks(model, weights=weights):
+        return mean_loss(model, domain.validation, domain.loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,22 +133,15 @@ class _Rounds:
         told = (trained.before, loss, trained.steps, seconds, trained.ended)
         return Stack(self.domain.name, number, dict(lineage), digest, *told)
 
-    def _train(self, number: int, task: str) -> Guarded:
+    def _train(self, number: int, task: str) -> Trained:
+        plan = self.plan.task_plan(partial(validate, domain=self.domain), optimizers=self.optimizers)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed_of(f"{self.seed}/{task}"))
-            round_ = Guarded(self.model, self.plan, self._loss, self._validate, optimizers=self.optimizers)
-            return round_.run(self.domain.batches(number))
-
-    def _loss(self, batch: Any) -> Tensor:
-        loss = self.domain.loss(self.model, batch)
-        return loss + penalty(self.model)
-
-    def _validate(self) -> float:
-        return validate(self.model, self.domain)
+            return train_task(self.model, self.domain.batches(number), self.domain.loss, plan)
 
     def _tune(self, number: int, loss: float) -> float:
         """The validation loss of what is frozen."""
         if self.domain.tune is None:
             return loss
         self.domain.tune(self.model, number)
-        return self._validate()
+        return validate(self.model, self.domain)

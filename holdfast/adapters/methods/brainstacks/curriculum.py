@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from holdfast.adapters.adapted import adapters_of
 from holdfast.adapters.methods.brainstacks.boosting import BoostPlan, Domain, boost, validate
-from holdfast.adapters.methods.brainstacks.guard import Optimizers
 from holdfast.adapters.methods.brainstacks.library import add_stack
 from holdfast.adapters.methods.brainstacks.method import Brainstacks
 from holdfast.adapters.methods.brainstacks.projection import protected_directions
 from holdfast.adapters.methods.brainstacks.stacks import Stack, check_frozen, ungated
 from holdfast.adapters.tasks import use_tasks
+from holdfast.adapters.training import Optimizers
 from holdfast.errors import ConfigurationError
 
 __all__ = ["Curriculum", "Progress", "forgetting"]

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.adapters.adapted import adapters_of
-from holdfast.adapters.methods.brainstacks.guard import Guarded, Optimizers, RoundPlan
+from holdfast.adapters.methods.brainstacks.plan import RoundPlan
+from holdfast.adapters.training import Optimizers, train_task
 from holdfast.errors import ConfigurationError
 
 __all__ = [
@@ -173,11 +174,16 @@ def tune_preferences(
     """
     _take_part(model)
     tuning = _Tuning(model, preferences, plan)
-    guarded = Guarded(model, plan, tuning.loss, tuning.validate, watch=watch, optimizers=optimizers)
-    guarded.run(cycle(tuning.train), is_training=False)
+    task_plan = plan.task_plan(
+        lambda _: tuning.validate(),
+        watch=(lambda _: watch()) if watch else None,
+        optimizers=optimizers,
+        is_training=False,
+    )
+    trained = train_task(model, cycle(tuning.train), lambda _, batch: tuning.loss(batch), task_plan)
     margins = tuning.margins()
     accuracy = float((margins > 0).double().mean())
-    found = Tuned(guarded.before, guarded.best, float(margins.mean()), accuracy, guarded.steps, guarded.ended)
+    found = Tuned(trained.before, trained.best, float(margins.mean()), accuracy, trained.steps, trained.ended)
     _log.info(
         "%s: preference %.4f to %.4f, accuracy %.2f, in %d steps; %s",
         *(adapters_of(model).current, found.before, found.loss, accuracy, found.steps, found.ended),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.adapters.adapted import adapters_of
+from holdfast.adapters.forgetting import evaluating
 from holdfast.adapters.layer import AdaptedLinear
 from holdfast.adapters.tasks import using_tasks
 from holdfast.errors import ConfigurationError
@@ -125,16 +126,12 @@ def _capture(model: nn.Module, run: Callable[[], object], side: str) -> dict[str
         layer.register_forward_pre_hook(partial(_note, rows.setdefault(layer.name, []), side))
         for layer in adapters.layers.values()
     ]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), using_tasks(model, first=len(adapters.tasks)):
+        with evaluating(model), using_tasks(model, first=len(adapters.tasks)):
             run()
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return {name: found for name, found in rows.items() if found}
 
 

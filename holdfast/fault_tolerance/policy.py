@@ -1,10 +1,11 @@
 """From which version a membership epoch starts. Pure: an inventory goes in, a reasoned decision comes out.
 
 The newest state wins. Of equally new ones the best source: the live state, where every rank still had it when it left
-and has brought it into memory; the memory of all ranks' own keepers; parity, where some have lost theirs; replicas,
-where other ranks hold the same state; what the ranks of another roster hold, or parity of theirs; a durable
-checkpoint. A fresh model is a source only where no checkpoint was ever seen: checkpoints that exist and cannot be read
-end the run, as starting over would bury them.
+and has brought it into memory; the memory of all ranks' own keepers; parity, where some have lost theirs; what the
+ranks of another roster hold, or parity of theirs; a durable checkpoint. Where neither memory nor parity is complete in
+any version, replicas are a source too, ranks that hold the same state: all of it but the random numbers, which begin
+anew. A fresh model is a source only where no checkpoint was ever seen: checkpoints that exist and cannot be read end
+the run, as starting over would bury them.
 
 A run may allow one source that is not exact: when no memory is, lost stages of a pipeline are rebuilt from others of
 the newest version that these hold, rather than going back to an older checkpoint.
@@ -118,7 +119,7 @@ def newest_common(held: Held, world: int) -> int | None:
 def decide(view: View) -> Decision:
     """Choose the newest state that is exact on every rank."""
     memory, parity, former = _common(view.held, view.world), _restorable(view), _readable(view)
-    copies = _copied(view)
+    copies = _copied(view) if memory is None and parity is None else None
     disk = max((step for step in view.durable if step not in view.refused), default=None)
     found = [one.version for one in (parity, copies, former) if one is not None]
     known = [*found, *(() if memory is None else memory[:1]), *(() if disk is None else (disk,))]
@@ -157,8 +158,8 @@ def _from_replicas(view: View, copies: Recorded) -> Decision:
     sources = {rank: min(h for h in holders if h % every == rank % every) for rank in lost}
     repairs = tuple(exact_copy(rank, source) for rank, source in sources.items())
     reason = (
-        f"version {version} is complete but for {name_ranks(lost)}, whose state {name_ranks([*set(sources.values())])} "
-        "holds too"
+        f"version {version} is complete but for {name_ranks(lost)}, whose state is that of "
+        f"{name_ranks([*set(sources.values())])}; its random numbers begin anew"
     )
     against = _torn(view, above=version) + _unrestorable(view, above=version) + _refusals(view, above=version)
     return Decision(

@@ -681,4 +681,5 @@ def test_evaluations_on_the_way_are_told_with_their_steps(tmp_path: Path, corpus
         "reason": "the goal is reached",
         "world": 2,
         "time": pytest.approx(time.time(), abs=60),
+        "findings": result.findings,
     }

@@ -80,19 +80,25 @@ def test_a_stage_that_is_lost_with_its_node_is_made_from_its_neighbours(
 
 
 @pytest.mark.slow
-def test_on_ray_the_first_a_middle_and_the_last_stage_are_lost_in_turn(
-    tmp_path: Path, corpus: Path, undisturbed: dict[int, float]
+@pytest.mark.parametrize(
+    ("repair", "stages"),
+    [(Repair.CHECKFREE_PLUS, [0, 2, 3]), (Repair.CHECKFREE, [1, 2])],  # which has one neighbour too few at the ends
+    ids=["the first, a middle and the last", "both between the ends"],
+)
+def test_on_ray_stages_are_lost_in_turn(
+    repair: Repair, stages: list[int], tmp_path: Path, corpus: Path, undisturbed: dict[int, float]
 ) -> None:
-    faults = [f"node_sigkill node={stage} step={step}" for stage, step in ((0, 3), (2, 7), (3, 11))]
-    config = _config(tmp_path, corpus, *faults, repair=Repair.CHECKFREE_PLUS, swapped=True)
+    faults = [f"node_sigkill node={stage} step={step}" for stage, step in zip(stages, (3, 7, 11), strict=False)]
+    config = _config(tmp_path, corpus, *faults, repair=repair, swapped=repair is Repair.CHECKFREE_PLUS)
     config.launch.kind = LaunchKind.LOCAL
     result = train(config)
     assert (result.exit_code, result.step) == (0, _STEPS)
-    assert [event["stage"] for event in events_of(result.run_dir, "stage_rebuilt")] == [0, 2, 3]
+    assert [event["stage"] for event in events_of(result.run_dir, "stage_rebuilt")] == stages
     assert {plan["source"] for plan in _plans(result)} == {NEIGHBOURS}
     assert all(done["steps_lost"] <= 1 for done in events_of(result.run_dir, "recovery_done"))
-    survivor = (result.run_dir / "logs" / "rank00001.attempt1.log").read_text()
-    assert survivor.count(" begins at version ") == 4
+    untouched = next(rank for rank in range(4) if rank not in stages)
+    survivor = (result.run_dir / "logs" / f"rank{untouched:05d}.attempt1.log").read_text()
+    assert survivor.count(" begins at version ") == len(stages) + 1
     assert _losses(result)[_STEPS] < undisturbed[8] + 0.3
 
 

@@ -247,7 +247,7 @@ def test_a_rank_whose_replica_holds_the_version_is_copied_exactly() -> None:
     assert decision.rebuild is not None
     assert not decision.rebuild.is_approximate
     assert decision.rebuild.ranks == (1, 2)
-    assert "ranks 0, 3 holds too" in decision.reason.replace("hold too", "holds too")
+    assert "is that of ranks 0, 3; its random numbers begin anew" in decision.reason
 
 
 def test_where_all_ranks_are_replicas_one_is_enough() -> None:
@@ -260,7 +260,8 @@ def test_where_all_ranks_are_replicas_one_is_enough() -> None:
     [
         ({0: (8,), 2: (8,)}, 2, DISK, 5),  # nobody has the state of ranks 1 and 3
         ({0: (8, 7), 1: (7,), 2: (8, 7), 3: (7,)}, 2, MEMORY, 7),
-        ({0: (8, 7), 1: (8, 7), 2: (7,), 3: (7,)}, 2, REPLICAS, 8),
+        ({0: (8, 7), 1: (8, 7), 2: (7,), 3: (7,)}, 2, MEMORY, 7),  # with the random numbers
+        ({0: (8, 7), 1: (8, 7), 2: (7,)}, 2, REPLICAS, 8),
         ({0: (8,), 1: (8,), 2: (8,)}, 0, DISK, 5),  # shares of one state
         ({}, 1, DISK, 5),
     ],

@@ -32,7 +32,6 @@ from holdfast.adapters import (
     finish_task,
     footprint,
     inject,
-    mean_loss,
     start_task,
     train_task,
     use_tasks,
@@ -42,7 +41,7 @@ from holdfast.adapters.training import half_cosine
 from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.model import Decoder, initialise
 
-__all__ = ["ORDERS", "Batch", "Learner", "Run", "Scale", "Study", "Way", "World", "all_bits", "bits", "nats"]
+__all__ = ["ORDERS", "Batch", "Learner", "Run", "Scale", "Study", "Way", "World", "all_bits", "bits", "learn_all"]
 
 ORDERS = (("docs", "python", "arithmetic", "c"), ("c", "arithmetic", "python", "docs"))
 """Even seeds take the first, odd ones the second."""
@@ -128,6 +127,10 @@ class Way:
     """Task t keeps 1 / t of its change: the model is the mean of what it was after each task."""
     ladder: float = 1.0
     """Factor of the common rates, for methods whose best rates lie elsewhere."""
+    below: int = 0
+    """Rates more, each half of the one above it, until the best one is not the lowest."""
+    above: int = 0
+    """Rates more, each twice the one below it."""
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -210,11 +213,6 @@ class World:
     def losses(self, model: nn.Module) -> dict[str, float]:
         """Bits per byte of every kind of text."""
         return {kind: bits(model, batches) for kind, batches in self.validation.items()}
-
-
-def nats(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Of whole windows, as in training."""
-    return mean_loss(model, batches, _loss)
 
 
 def _optimizer(rate: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
@@ -387,4 +385,6 @@ class Study:
 
     def rates(self, way: Way) -> list[float]:
         """That are tried for a way, lowest first."""
-        return [rate * way.ladder for rate in self.scale.rates]
+        common = [rate * way.ladder for rate in self.scale.rates]
+        lower = [common[0] / 2**number for number in range(way.below, 0, -1)]
+        return [*lower, *common, *(common[-1] * 2**number for number in range(1, way.above + 1))]

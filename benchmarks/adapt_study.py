@@ -151,7 +151,7 @@ def plot(study: Study, stem: Path) -> list[Path]:
 
 
 def _draw_frontier(plt: Any, found: Mapping[str, Found]) -> Any:
-    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 6.5), layout="constrained")
     for number, (name, system) in enumerate(found.items()):
         means = [(mean(m.diagonal for m in ms), mean(m.forgetting for m in ms)) for ms in system.matrices.values()]
         points = [(mean(m.base for m in system.best), 0.0), *means]
@@ -161,7 +161,7 @@ def _draw_frontier(plt: Any, found: Mapping[str, Found]) -> Any:
     axes.set(xlabel="mean diagonal, bits per byte", ylabel="forgetting, bits per byte; linear below 0.02")
     axes.set_yscale("symlog", linthresh=0.02)
     axes.set_title("Means over seeds. Lines begin at the base; dotted: told the domain or the losses.")
-    axes.legend(fontsize="small", loc="upper right")
+    figure.legend(fontsize="small", loc="outside right upper")
     return figure
 
 

@@ -169,7 +169,7 @@ def _claims(found: Mapping[str, Found]) -> list[Claim]:
         Claim(
             "Routed Brainstacks ends within 2 % of a LoRA for each known domain",
             stacks_paper,
-            [Effect("1.02 × LoRA per domain − routed, final", margin, LEAST)],
+            [Effect("1.02 × LoRA per domain − routed, final", margin, 0.0)],
         ),
         _curve("MoRA forgets less than as large a LoRA at equal diagonals", mora_paper, mora, large),
         _curve("MoRA forgets less than a small LoRA at equal diagonals", mora_paper, mora, small),

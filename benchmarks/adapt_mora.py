@@ -78,7 +78,7 @@ def routing(study: Study) -> Section:
         Claim(
             "Untrained atoms cost less than 1 % of what was gained",
             "bar",
-            [Effect("0.01 − jump / gain", [0.01 - _jump(run) for run in usual], 0.005)],
+            [Effect("0.01 − jump / gain", [0.01 - _jump(run) for run in usual], 0.0)],
         ),
     ]
     return Section("Routing without a router", text, claims)

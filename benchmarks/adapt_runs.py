@@ -42,7 +42,7 @@ from holdfast.adapters.training import adamw, half_cosine, snapshot
 from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.model import Decoder, initialise
 
-__all__ = ["ORDERS", "Batch", "Learner", "Run", "Scale", "Study", "Way", "World", "all_bits", "bits"]
+__all__ = ["ORDERS", "Batch", "Learner", "Run", "Scale", "Study", "Way", "World", "all_bits", "bits", "learn_all"]
 
 ORDERS = (("docs", "python", "arithmetic", "c"), ("c", "arithmetic", "python", "docs"))
 """Even seeds take the first, odd ones the second."""
@@ -128,6 +128,10 @@ class Way:
     """Task t keeps 1 / t of its change: the model is the mean of what it was after each task."""
     ladder: float = 1.0
     """Factor of the common rates, for methods whose best rates lie elsewhere."""
+    below: int = 0
+    """Rates more, each half of the one above it, until the best one is not the lowest."""
+    above: int = 0
+    """Rates more, each twice the one below it."""
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -373,4 +377,6 @@ class Study:
 
     def rates(self, way: Way) -> list[float]:
         """That are tried for a way, lowest first."""
-        return [rate * way.ladder for rate in self.scale.rates]
+        common = [rate * way.ladder for rate in self.scale.rates]
+        lower = [common[0] / 2**number for number in range(way.below, 0, -1)]
+        return [*lower, *common, *(common[-1] * 2**number for number in range(1, way.above + 1))]

@@ -151,16 +151,17 @@ def plot(study: Study, stem: Path) -> list[Path]:
 
 
 def _draw_frontier(plt: Any, found: Mapping[str, Found]) -> Any:
-    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 6.5), layout="constrained")
     for number, (name, system) in enumerate(found.items()):
         means = [(mean(m.diagonal for m in ms), mean(m.forgetting for m in ms)) for ms in system.matrices.values()]
         points = [(mean(m.base for m in system.best), 0.0), *means]
-        look = {"color": f"C{number % 10}", "marker": "o^sDv"[number % 5], "markersize": 5}
+        look = {"color": plt.get_cmap("tab20")(number % 20), "marker": "o^sDv"[number % 5], "markersize": 5}
         line = ":" if system.system.knows else "-"
         axes.plot(*zip(*points, strict=True), line, label=name, **look)
-    axes.set(xlabel="mean diagonal, bits per byte", ylabel="forgetting, bits per byte")
+    axes.set(xlabel="mean diagonal, bits per byte", ylabel="forgetting, bits per byte; linear below 0.02")
+    axes.set_yscale("symlog", linthresh=0.02)
     axes.set_title("Means over seeds. Lines begin at the base; dotted: told the domain or the losses.")
-    axes.legend(fontsize="small", loc="upper right")
+    figure.legend(fontsize="small", loc="outside right upper")
     return figure
 
 
@@ -176,7 +177,9 @@ def _draw_matrices(plt: Any, found: Mapping[str, Found]) -> Any:
     for axes, (name, change) in zip(grid.flat, changes.items(), strict=False):
         image = axes.imshow(change.tolist(), cmap="RdBu_r", vmin=-most, vmax=most)
         for row, column in itertools.product(*map(range, change.shape)):
-            axes.text(column, row, f"{float(change[row, column]):+.2f}", ha="center", va="center", fontsize=7)
+            value = float(change[row, column])
+            colour = "white" if abs(value) > most / 2 else "black"
+            axes.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_title(name, fontsize=9)
     figure.colorbar(image, ax=grid, label="bits per byte against the base", shrink=0.6)
     figure.suptitle("Rows: after each task. Columns: domains in the order of learning. Means over seeds, tuned rates.")

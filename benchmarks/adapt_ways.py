@@ -37,17 +37,17 @@ def ways(scale: Scale) -> dict[str, Way]:
     mora = {**low, "top_k": 2 * rank, "temperature": 0.2, "threshold": 0.2}
     equal = {**mora, "top_k": rank * scale.tasks, "temperature": 1000.0, "scale": 2 * _SCALE, "threshold": -1.0}
     made = [
-        Way(name="LoRA r", method="lora", options=low),
-        Way(name="LoRA r·T", method="lora", options={**low, "rank": rank * scale.tasks}),
+        Way(name="LoRA r", method="lora", options=low, below=2),
+        Way(name="LoRA r·T", method="lora", options={**low, "rank": rank * scale.tasks}, below=2),
         Way(name="LoRA r, averaged", method="lora", options=low, is_averaged=True, ladder=2.0),
-        Way(name="freeze and add", method="freeze_and_add", options=low),
-        Way(name="O-LoRA", method="olora", options=low),
+        Way(name="freeze and add", method="freeze_and_add", options=low, below=1),
+        Way(name="O-LoRA", method="olora", options=low, below=1),
         Way(name="InfLoRA", method="inflora", options=low, ladder=2.0),
-        Way(name="MoRA", method="mora", options=mora),
-        Way(name="MoRA, equal weights", method="mora", options=equal),
-        Way(name="Brainstacks", method="brainstacks", options=stack),
-        Way(name="LoRA per domain", method="oracle", options=low),
-        Way(name="full fine-tuning", ladder=0.25),
+        Way(name="MoRA", method="mora", options=mora, below=1),
+        Way(name="MoRA, equal weights", method="mora", options=equal, below=1),
+        Way(name="Brainstacks", method="brainstacks", options=stack, above=1),
+        Way(name="LoRA per domain", method="oracle", options=low, above=1),
+        Way(name="full fine-tuning", ladder=0.25, below=2),
     ]
     return {way.name: way for way in made}
 

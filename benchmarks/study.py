@@ -76,7 +76,7 @@ class Effect:
     values: Sequence[float]
     """One per seed, in nats, steps or as a ratio."""
     least: float
-    """Of interest."""
+    """Of interest; 0 for a distance from a bar, which is confirmed, contradicted or not decided."""
     is_too_high: bool = False
     """Some values are only known to be at most this."""
     is_too_low: bool = False
@@ -93,7 +93,7 @@ class Effect:
 
 def judge(mean: float, half: float, *, least: float) -> Verdict:
     """Confirmed if the whole interval is above zero, contradicted if it is below. If it holds zero: not confirmed where
-    it ends below ``least``, so that nothing worth having is left, else not decided."""
+    it ends below the least effect of interest, so that nothing worth having is left, else not decided."""
     if not (math.isfinite(mean) and math.isfinite(half)):
         return Verdict.NOT_DECIDED
     if mean - half > 0:

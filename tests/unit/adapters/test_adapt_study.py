@@ -37,7 +37,7 @@ def _letters(first: int, number: int) -> Tensor:
 def study(kit):  # type: ignore[no-untyped-def]
     scale = replace(
         kit.study.QUICK, d_model=16, layers=2, d_ff=24, sequence=8, sequences=2, seeds=2, base_steps=20, steps=6,
-        warm_up=2, rates=(4e-3, 2e-2), windows=4, router_windows=8, router_width=8, router_epochs=2, boost_steps=4,
+        warm_up=2, rates=(2e-2,), windows=4, router_windows=8, router_width=8, router_epochs=2, boost_steps=4,
         rounds=2, directions=2, orders=(("high", "low"), ("low", "high")),
     )  # fmt: skip
     kinds = {"low": 65, "high": 97, kit.text.ELSEWHERE: 48}

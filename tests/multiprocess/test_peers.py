@@ -215,7 +215,7 @@ def test_a_peer_that_is_killed_in_a_transfer_is_noticed_at_once() -> None:
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(PeerError):
             end()
-        with pytest.raises(PeerError, match="refused|reset"):
+        with pytest.raises(PeerError, match=r"refused|reset"):
             client.request("echo", deadline_s=_DEADLINE_S)
 
 

@@ -13,7 +13,7 @@ __all__ = ["adapter_problems", "curriculum_problems", "method_problems"]
 def adapter_problems(config: RunConfig) -> Iterator[str]:
     adapter, parallel = config.adapter, config.parallel
     if not adapter.method:
-        for key in ("options", "base", "tasks", "task", "seen"):
+        for key in ("options", "base", "nf4", "tasks", "task", "seen"):
             if getattr(adapter, key):
                 yield f"adapter.{key}={getattr(adapter, key)!r} is of a method, and there is none; set adapter.method"
         return
@@ -23,6 +23,8 @@ def adapter_problems(config: RunConfig) -> Iterator[str]:
         yield f"adapter.method={adapter.method} with parallel.zero_stage=3: the base is whole on every rank; use 2"
     if not adapter.base:
         yield "adapter.base is empty: adapters need frozen weights, such as <run>/export/model.safetensors"
+    if not adapter.task:
+        yield "adapter.task is empty: name what is learned, for example adapter.task=law"
     if not check_model(config.model):
         yield from method_problems(config)
 

@@ -126,11 +126,16 @@ def verify_base(config: AdapterConfig, digest: str) -> None:
 
 
 def find_bricks(config: AdapterConfig) -> Bricks:
-    """What the run will read. Raises: ConfigurationError for files that are missing, ManifestMismatch for damage."""
+    """What the run will read. Raises: ConfigurationError for files that are missing and for a task that is finished,
+    ManifestMismatch for damage."""
     base, tasks = Path(config.base), [Path(task) for task in config.tasks]
     if not base.is_file():
         raise ConfigurationError(f"adapter.base={config.base!r} is no file; give it the weights that a run exported")
     sidecars = [adapters.read_sidecar(task) for task in tasks]
+    if config.task in (name for sidecar in sidecars for name in sidecar.tasks):
+        raise ConfigurationError(
+            f"adapter.task={config.task!r} is among the finished adapter.tasks; give it another name"
+        )
     sizes = [(task / sidecar.tensors).stat().st_size for task, sidecar in zip(tasks, sidecars, strict=True)]
     return Bricks(_file_digest(base), [sidecar.digest for sidecar in sidecars], base.stat().st_size + sum(sizes))
 

@@ -593,6 +593,11 @@ def test_an_adapter_run_is_sound_and_needs_memory_for_its_task_only() -> None:
         ({"adapter__base": "model.safetensors"}, "adapter.base='model.safetensors' must be absolute"),
         ({"adapter__tasks": ["tasks/one"]}, "adapter.tasks=['tasks/one'] must be absolute"),
         ({"adapter__task": "a/b"}, "adapter.task='a/b' must be letters"),
+        ({"adapter__task": ""}, "adapter.task is empty"),
+        (
+            {"adapter__method": "", "adapter__task": "", "adapter__base": "", "adapter__nf4": True},
+            "adapter.nf4=True is",
+        ),
         ({"adapter__method": "morra"}, "'morra' does not exist"),
         ({"adapter__options": {"rank": -1}}, "rank=-1 must be at least 1"),
         ({"adapter__domains": ["/text"]}, "are learned by holdfast adapt"),

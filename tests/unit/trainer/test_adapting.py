@@ -148,6 +148,8 @@ def test_files_that_do_not_fit_are_refused_by_name(make: Make, base: Path, tmp_p
     export_weights({"embedding.weight": torch.zeros(259, 16)}, base, metadata={})
     with pytest.raises(ConfigurationError, match=r"adapter\.base=.* is of another model"):
         make("mora").begin(torch.device("cpu"))
+    with pytest.raises(ConfigurationError, match=r"adapter\.task='one' is among the finished"):
+        make("mora", "one", [first])
     base.unlink()
     with pytest.raises(ConfigurationError, match="is no file"):
         make("mora")

@@ -28,7 +28,7 @@ sweep: .venv/stamp  ## SIGKILL at every named failpoint, all ZeRO stages; one of
 checkfree-study: .venv/stamp  ## what rebuilding lost stages costs, many hours on one core; in one: make checkfree-study ARGS=--quick
 	PYTHONPATH=. OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/checkfree_study.py $(ARGS)
 
-adapt-study: .venv/stamp  ## what continual adapters forget, many hours on one core; in under one: make adapt-study ARGS=--quick
+adapt-study: .venv/stamp  ## what continual adapters forget, many hours on one core; 0.13 M or 1 M parameters only: make adapt-study ARGS=--quick, ARGS=--million
 	PYTHONPATH=. OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/adapt_study.py $(ARGS)
 
 check: .venv/stamp

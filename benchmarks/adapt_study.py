@@ -12,8 +12,9 @@ Differences from the papers: no model of theirs, no task of theirs, a base that 
 that choose their adapters see the first half of each window, and the second half counts, for all methods alike. What
 is "told" the domain or the losses is a bound, not a method.
 
-`--quick` takes some forty minutes on one core, the default many hours. With `--results FILE` finished parts are kept
-there, and an interrupted study goes on. Plots are written if matplotlib is there (pip install matplotlib).
+`--quick` takes some forty minutes on one core, `--million` two hours, the default many. With `--results FILE`
+finished parts are kept there, and an interrupted study goes on. Plots are written if
+matplotlib is there (pip install matplotlib).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from adapt_ways import Found, find
 from record import write_record
 from study import Memo, Section, claims_table, counts, judge
 
-__all__ = ["EXPERIMENTS", "FULL", "QUICK", "body", "plot", "run"]
+__all__ = ["EXPERIMENTS", "FULL", "MILLION", "QUICK", "body", "plot", "run"]
 
 QUICK = Scale(
     name="quick",
@@ -64,6 +65,20 @@ QUICK = Scale(
     rounds=3,
     boost_rates=(8e-3,),
     directions=8,
+)
+MILLION = replace(
+    QUICK,
+    name="million",
+    d_model=160,
+    layers=3,
+    d_ff=432,
+    seeds=3,
+    base_steps=2500,
+    base_lr=2e-3,
+    steps=150,
+    boost_steps=100,
+    rates=(5e-4, 1e-3, 2e-3, 4e-3),
+    boost_rates=(4e-3, 8e-3),
 )
 FULL = Scale(
     name="full",
@@ -197,19 +212,21 @@ def _changes(system: Found) -> torch.Tensor:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="minutes instead of hours")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_const", const=QUICK, dest="scale", help="0.13 M parameters, minutes")
+    sizes.add_argument("--million", action="store_const", const=MILLION, dest="scale", help="1 M parameters, two hours")
     parser.add_argument("--only", nargs="*", choices=tuple(EXPERIMENTS), default=tuple(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, choices=range(2, 11), metavar="2..10")
     parser.add_argument("--results", type=Path, help="file of finished parts: found ones are not made again")
     parser.add_argument("--no-plots", action="store_true")
+    parser.set_defaults(scale=FULL)
     return parser.parse_args()
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
-    scale = QUICK if options.quick else FULL
-    scale = replace(scale, seeds=options.seeds or scale.seeds)
+    scale = replace(options.scale, seeds=options.seeds or options.scale.seeds)
     texts, memo = read_texts(), Memo(options.results)
     study = Study([World(scale, texts, seed) for seed in range(scale.seeds)], memo)
     speed = _speed(study.worlds[0])

@@ -18,7 +18,12 @@ __all__ = ["SYSTEMS", "Found", "System", "find", "mora_extras", "runs_of", "ways
 _SCALE = 2.0
 """Of every update: alpha is twice the rank, as in the released code of arXiv 2506.21035."""
 _EXPERTS = 4
-_THRESHOLDS = {"none": -1.0, "0": 0.0}
+_THRESHOLDS = {
+    "none": {"threshold": -1.0},
+    "0": {"threshold": 0.0},
+    "0.1": {"threshold": 0.1},
+    "its own × √(r / R)": {"scales_with_bank": "threshold"},
+}
 """Of MoRA's inference, besides its own."""
 
 
@@ -40,13 +45,13 @@ def ways(scale: Scale) -> dict[str, Way]:
         Way(name="LoRA r", method="lora", options=low, below=2),
         Way(name="LoRA r·T", method="lora", options={**low, "rank": rank * scale.tasks}, below=2),
         Way(name="LoRA r, averaged", method="lora", options=low, is_averaged=True, ladder=2.0),
-        Way(name="freeze and add", method="freeze_and_add", options=low, below=1),
+        Way(name="freeze and add", method="freeze_and_add", options=low, below=2),
         Way(name="O-LoRA", method="olora", options=low, below=1),
         Way(name="InfLoRA", method="inflora", options=low, ladder=2.0),
         Way(name="MoRA", method="mora", options=mora, below=1),
         Way(name="MoRA, equal weights", method="mora", options=equal, below=1),
-        Way(name="Brainstacks", method="brainstacks", options=stack, above=1),
-        Way(name="LoRA per domain", method="oracle", options=low, above=1),
+        Way(name="Brainstacks", method="brainstacks", options=stack, above=2),
+        Way(name="LoRA per domain", method="oracle", options=low, above=2),
         Way(name="full fine-tuning", ladder=0.25, below=2),
     ]
     return {way.name: way for way in made}
@@ -89,9 +94,9 @@ def threshold_views(learner: Learner) -> dict[str, dict[str, float]]:
     """Of MoRA, as it is and with other thresholds."""
     layers = list(adapters_of(learner.model).layers.values())
     usual, found = layers[0].method, {"plain": learner.world.losses(learner.model)}
-    for name, threshold in _THRESHOLDS.items():
+    for name, options in _THRESHOLDS.items():
         for layer in layers:
-            layer.method = replace(usual, threshold=threshold)  # type: ignore[call-arg]  # MoRA has one
+            layer.method = replace(usual, **options)  # type: ignore[arg-type]  # MoRA has them
         found[name] = learner.world.losses(learner.model)
     for layer in layers:
         layer.method = usual
@@ -118,6 +123,8 @@ _MEASURED: Mapping[str, Mapping[str, Any]] = {
     "oracle": {"views": domain_views},
     "brainstacks": {"views": stack_views},
     "mora": {"views": threshold_views, "extras": mora_extras},
+    "mora_random": {"extras": mora_extras},
+    "mora_learned": {"extras": mora_extras},
 }
 """By method, besides what every run measures."""
 

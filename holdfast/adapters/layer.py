@@ -231,7 +231,7 @@ class AdaptedLinear(nn.Module):
 
     def task_rows(self, task: int) -> Tensors:
         """What one finished task has left."""
-        outside = len(self.source or ())
+        outside = 0 if self.source is None else len(self.source)
         if self.source is not None and task < outside:
             return self.source[task]
         return self.sealed(task - outside, task - outside + 1)

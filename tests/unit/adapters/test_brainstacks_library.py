@@ -338,7 +338,7 @@ def test_the_page_that_was_not_used_for_longest_leaves_first(tmp_path: Path) -> 
     layer, page = max(manifest.records[0].pages.items(), key=lambda item: item[1].size_bytes)
     with Pager(tmp_path, manifest, budget_bytes=3 * page.size_bytes) as pager:
         for domain in "abacda":
-            pager.page(domain, 1, layer)
+            pager.page((domain, 1, layer))
         assert (pager.stats.misses, pager.stats.hits, pager.stats.evictions) == (4, 2, 1)
 
 

@@ -11,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from holdfast.adapters.layer import AdaptedLinear
 from holdfast.adapters.method import Tensors
@@ -70,20 +71,19 @@ class Pager:
         self._pages = OrderedDict[_Key, Tensors]()
         self._held_bytes = 0
         self._ahead: tuple[_Key, Future[Tensors]] | None = None
-        self._follows = dict[_Key, _Key]()
+        self._follows = dict[_Key | None, _Key]()
         self._last: _Key | None = None
         self._is_closed = False
         self._thread = ThreadPoolExecutor(1, "holdfast-pager")
 
-    def page(self, domain: str, number: int, layer: str) -> Tensors:
-        """On the CPU, not to be changed.
+    def page(self, key: _Key) -> Tensors:
+        """Of a domain, a round and a layer: on the CPU, not to be changed.
 
         Raises: ManifestMismatch for what is damaged or another stack's; OSError; ConfigurationError after
         :meth:`close`.
         """
-        key = (domain, number, layer)
         if self._is_closed:
-            raise ConfigurationError(f"layer {layer} asks for stack {domain}/{number} of a pager that is closed")
+            raise ConfigurationError(f"layer {key[2]} asks for stack {key[0]}/{key[1]} of a pager that is closed")
         tensors = self._pages.get(key)
         if tensors is not None:
             self.stats.hits += 1
@@ -91,10 +91,11 @@ class Pager:
         else:
             tensors = self._arrived(key) or self._miss(key)
             self._pages[key] = tensors
-        if self._last is not None:
-            self._follows[self._last] = key
+        self._follows[self._last] = key
         self._last = key
-        self._read_ahead(self._follows.get(key))
+        following = self._follows.get(key)
+        if following is not None and following not in self._pages and self._ahead is None:
+            self._read_ahead(following)
         return tensors
 
     @property
@@ -147,9 +148,7 @@ class Pager:
             self._held_bytes -= self._sizes[key]
             raise
 
-    def _read_ahead(self, key: _Key | None) -> None:
-        if key is None or key in self._pages or self._ahead is not None:
-            return
+    def _read_ahead(self, key: _Key) -> None:
         self._make_room(key)
         self._ahead = key, self._thread.submit(self._read, key)
 
@@ -190,20 +189,27 @@ class Pager:
         return file
 
 
-@dataclass(frozen=True, slots=True)
 class _Pages:
     """One layer's finished tasks: the ``Source`` that the layer asks."""
 
-    pager: Pager
-    layer: AdaptedLinear
+    __slots__ = ("_is_at_home", "_keys", "_layer", "_pager")
+
+    def __init__(self, pager: Pager, layer: AdaptedLinear) -> None:
+        stacks = [record.stack for record in pager.manifest.records]
+        self._keys = [(stack.domain, stack.round, layer.name) for stack in stacks]
+        self._pager, self._layer = pager, layer
+        # Without an accelerator every layer is where the pages are. Asking a module for its device takes as long as
+        # everything else here, in every forward pass.
+        self._is_at_home = not torch.accelerator.is_available()
 
     def __len__(self) -> int:
-        return len(self.pager.manifest.records)
+        return len(self._keys)
 
-    def __getitem__(self, task: int) -> dict[str, Tensor]:
-        stack = self.pager.manifest.records[task].stack
-        page = self.pager.page(stack.domain, stack.round, self.layer.name)
-        return {name: rows.to(self.layer.weight.device) for name, rows in page.items()}
+    def __getitem__(self, task: int) -> Tensors:
+        page = self._pager.page(self._keys[task])
+        if self._is_at_home:
+            return page
+        return {name: rows.to(self._layer.weight.device) for name, rows in page.items()}
 
 
 def page_stacks(model: nn.Module, directory: Path, *, budget_bytes: int) -> Pager:

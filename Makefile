@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 KERNELS := $(wildcard holdfast/native_build.py holdfast/kernels/*.h holdfast/*/build_kernels.py holdfast/*/kernels/*.cpp holdfast/*/kernels/*.h)
 
-.PHONY: train test slow sweep checkfree-study adapt-study check setup kernels wheel clean
+.PHONY: train test slow sweep checkfree-study adapt-study check docs setup kernels wheel clean
 
 train: .venv/stamp  ## set up, then train the main job
 	$(BIN)/holdfast train experiment=main_job $(ARGS)
@@ -36,6 +36,9 @@ check: .venv/stamp
 	$(BIN)/ruff format --check
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
+
+docs: .venv/stamp  ## the site, in build/site/index.html
+	$(BIN)/python scripts/build_docs.py
 
 setup: .venv/stamp
 

@@ -80,9 +80,7 @@ def _public(path: Path) -> str:
     """The module's name, if it says what others may use."""
     names = [target.id for node in ast.parse(path.read_text(encoding="utf-8")).body for target in _targets(node)]
     parts = path.relative_to(ROOT).with_suffix("").parts
-    is_public = ("__all__" in names and not parts[-1].startswith("_")) or (
-        parts[-1] == "__init__" and "__all__" in names
-    )
+    is_public = "__all__" in names and (parts[-1] == "__init__" or not parts[-1].startswith("_"))
     return ".".join(part for part in parts if part != "__init__") if is_public else ""
 
 

@@ -151,3 +151,5 @@ class StepReport:
     """Newest version known to be held by every rank."""
     copy_s: float = 0.0
     """Seconds that copying the version before took, beside this step's forward and backward."""
+    memory_bytes: int = 0
+    """Most that tensors have taken of this rank's GPU, or the process of the RAM; 0 if unknown."""

@@ -28,7 +28,7 @@ __all__ = ["HEADER_BYTES", "MAX_BUFFERS", "REPORT_SLOTS", "Beat", "Board"]
 
 MAX_BUFFERS, REPORT_SLOTS = 16, 4096
 
-_MAGIC, _LAYOUT = int.from_bytes(b"HOLDFAST", "little"), 2
+_MAGIC, _LAYOUT = int.from_bytes(b"HOLDFAST", "little"), 3
 _TAG_AT, _TAG_BYTES = 128, 64
 _SLOTS_AT, _SLOT_BYTES = 512, 128
 _BEATS_AT, _BEAT_SLOTS = 4096, 16

@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import logging
 import threading
 import time
 
 from holdfast.errors import Abort
-from holdfast.fault_tolerance.board import Board
+from holdfast.fault_tolerance.board import Beat, Board
 from holdfast.types import Phase, StepReport
 
-__all__ = ["BoardWatcher", "Heart"]
+__all__ = ["BoardWatcher", "Heart", "StuckWitness"]
 
+logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.002
+_STDERR = 2
+"""The rank's log."""
+
+
+class StuckWitness:
+    """Writes down, once, where every thread is while a phase lasts unusually long. Whoever hangs is ended in the end,
+    and cannot be asked then; its log has the last word."""
+
+    def __init__(self, least_s: float) -> None:
+        self._least_s = least_s
+        self._longest_s = 0.0
+        """Of the phases that have ended."""
+        self._seen: Beat | None = None
+        self._has_told = False
+
+    def look(self, beat: Beat) -> None:
+        """Often."""
+        if self._seen is None or beat.progress_s != self._seen.progress_s:
+            if self._seen is not None and beat.epoch == self._seen.epoch:
+                self._longest_s = max(self._longest_s, beat.progress_s - self._seen.progress_s)
+            self._has_told = False
+        self._seen = beat
+        lasts_s = beat.beat_s - beat.progress_s
+        is_at_work = beat.phase not in (Phase.IDLE, Phase.PARKED)
+        if is_at_work and not self._has_told and lasts_s > max(self._least_s, 2 * self._longest_s):
+            self._has_told = True
+            logger.warning("rank %d has been in %s for %.0f s; its threads:", beat.rank, beat.phase.name, lasts_s)
+            with contextlib.suppress(OSError, ValueError):  # a full disk must not stop the heart
+                faulthandler.dump_traceback(file=_STDERR)
 
 
 class Heart:
     """Beats on whatever board it was given last, from its own thread, until the process ends."""
 
-    def __init__(self, interval_s: float) -> None:
+    def __init__(self, interval_s: float, witness: StuckWitness) -> None:
         self._interval_s, self._board, self._lock = interval_s, None, threading.Lock()
+        self._witness = witness
         self._silent_until_s = 0.0
         threading.Thread(target=self._beat, name="holdfast-heart", daemon=True).start()
 
@@ -42,6 +76,7 @@ class Heart:
             with self._lock:
                 if self._board is not None and time.monotonic() >= self._silent_until_s:
                     self._board.beat(time.monotonic())
+                    self._witness.look(self._board.read())
 
 
 class BoardWatcher:

@@ -35,7 +35,7 @@ from holdfast.fault_tolerance.stage_restore import Remade, StageSnapshot
 from holdfast.fault_tolerance.storage import open_storage
 from holdfast.launch.inject_files import struck_folder
 from holdfast.launch.protocol import EpochPlan, describe_error
-from holdfast.launch.watch import BoardWatcher, Heart
+from holdfast.launch.watch import BoardWatcher, Heart, StuckWitness
 from holdfast.parallel.comms import TorchCommunicator, broken_collective
 from holdfast.trainer.build import Job, RankRun
 from holdfast.trainer.loop import Ending, Restorer
@@ -68,7 +68,8 @@ class WorkerHost:
         )
         self._config_digest = str(spec["config_digest"])
         torch.set_num_threads(self._config.launch.threads_per_worker)  # of any fleet: results depend on it to the bit
-        self._heart = Heart(self._config.recovery.heartbeat_s)
+        recovery = self._config.recovery
+        self._heart = Heart(recovery.heartbeat_s, StuckWitness(recovery.suspect_after_s / 2))
         self._arena: Arena | None = None
         self._ref: ArenaRef | None = None
         self._roster = 0

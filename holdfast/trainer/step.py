@@ -11,6 +11,7 @@ from typing import Protocol
 from holdfast import failpoints
 from holdfast.errors import NonFiniteStep, SnapshotError
 from holdfast.parallel.microbatches import Microbatch
+from holdfast.trainer.memory import memory_bytes
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.state import StateView
 from holdfast.types import CopyReport, Phase, RankState, StepReport
@@ -174,6 +175,7 @@ def train_step(
         copy_bytes=pending.copied_bytes,
         committed=max(pending.restored, parts.snapshots.newest_committed),
         copy_s=copied.copy_s,
+        memory_bytes=memory_bytes(),
     )
     return report, verdict.stop
 

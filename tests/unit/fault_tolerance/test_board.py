@@ -198,7 +198,7 @@ i = 0
 while board.fence_epoch == 0:
     i += 1
     board.enter(Phase.UPDATE, i, float(i))
-    board.append(StepReport(i, i, float(i), float(i), float(i), float(i), i, float(i), float(i), i, i, float(i)))
+    board.append(StepReport(i, i, float(i), float(i), float(i), float(i), i, float(i), float(i), i, i, float(i), i))
 print(i)
 """
 
@@ -282,7 +282,7 @@ def test_memory_without_the_magic_or_with_another_layout_is_refused(damaged: int
     memory = bytearray(HEADER_BYTES)
     _board(memory)
     memory[damaged] ^= 2
-    with pytest.raises(SnapshotError, match="no board of layout 2"):
+    with pytest.raises(SnapshotError, match="no board of layout 3"):
         Board.open(memoryview(memory), rank=3, run_tag="run")
 
 

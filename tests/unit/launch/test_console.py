@@ -102,6 +102,11 @@ def test_the_step_line_has_fixed_keys_in_fixed_order() -> None:
     ]
 
 
+def test_memory_is_one_word() -> None:
+    assert " mem 1.1G snap_age" in _lines(replace(_report(10), memory_bytes=1_130_000_000))[0]
+    assert " mem 512.0M snap_age" in _lines(replace(_report(10), memory_bytes=512_000_000))[0]
+
+
 def test_the_step_line_leaves_out_what_is_not_known() -> None:
     assert "snap_age" not in _lines(_report(10, committed=-1))[0]
 

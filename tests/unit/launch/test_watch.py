@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from holdfast.errors import Abort
-from holdfast.fault_tolerance.board import HEADER_BYTES, Board
+from holdfast.fault_tolerance.board import HEADER_BYTES, Beat, Board
 from holdfast.launch import watch
-from holdfast.launch.watch import BoardWatcher, Heart
+from holdfast.launch.watch import BoardWatcher, Heart, StuckWitness
 from holdfast.types import Phase, StepReport
 
 _DEADLINE_S = 20.0
@@ -55,7 +55,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> _Time:
 
 
 def _heart(time: _Time) -> Heart:
-    heart = Heart(0.25)
+    heart = Heart(0.25, StuckWitness(1e9))
     time.until_asleep()
     return heart
 
@@ -123,6 +123,9 @@ class _SlowBoard(Board):
         if self.beats == 2:
             self.is_beating.set()
             assert self.go_on.wait(_DEADLINE_S)
+
+    def read(self) -> Beat:
+        return _beat(100.0, 100.0)
 
 
 def test_a_move_waits_for_a_beat_that_has_begun(time: _Time) -> None:
@@ -199,3 +202,39 @@ def test_a_wish_to_stop_is_no_abort(time: _Time) -> None:
     watcher.ask_to_stop()
     assert watcher.should_stop()
     watcher.check()
+
+
+# -- the witness ------------------------------------------------------------------------------------------------------
+
+
+def _beat(now: float, since: float, phase: Phase = Phase.FORWARD_BACKWARD) -> Beat:
+    return Beat(rank=3, pid=1, epoch=0, phase=phase, step=8, beat_s=now, progress_s=since, committed=7)
+
+
+def test_threads_are_written_down_once_while_a_phase_lasts(capfd: pytest.CaptureFixture[str]) -> None:
+    witness = StuckWitness(5.0)
+    for now in range(100, 106):
+        witness.look(_beat(now, 100.0))
+    assert capfd.readouterr().err == ""
+    for now in range(106, 120):
+        witness.look(_beat(now, 100.0))
+    written = capfd.readouterr().err
+    assert written.count("test_threads_are_written_down_once_while_a_phase_lasts") == 1
+
+
+def test_a_phase_as_long_as_those_before_is_nothing_special(capfd: pytest.CaptureFixture[str]) -> None:
+    witness = StuckWitness(5.0)
+    witness.look(_beat(100.0, 100.0))
+    witness.look(_beat(130.0, 130.0))  # it took 30 s
+    capfd.readouterr()
+    for now in (150.0, 189.0):
+        witness.look(_beat(now, 130.0))
+    assert capfd.readouterr().err == ""
+    witness.look(_beat(191.0, 130.0))
+    assert "test_a_phase_as_long" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("phase", [Phase.IDLE, Phase.PARKED])
+def test_who_has_nothing_to_do_may_take_its_time(phase: Phase, capfd: pytest.CaptureFixture[str]) -> None:
+    StuckWitness(5.0).look(_beat(500.0, 100.0, phase))
+    assert capfd.readouterr().err == ""

@@ -19,13 +19,13 @@ import torch
 from holdfast import adapters
 from holdfast.configs.schema import RunConfig
 from holdfast.fault_tolerance.manifest import Manifest
-from holdfast.launch import adapt_command, compose
+from holdfast.launch import compose
 from holdfast.launch.cli import main
 from holdfast.launch.curriculum import Curriculum
 from holdfast.launch.run import Result, train
 from holdfast.optim.config import OptimName
 from holdfast.trainer.adapting import adapted_base
-from holdfast.trainer.config import AdapterConfig, ModelConfig
+from holdfast.trainer.config import AdapterConfig, DataSource, ModelConfig
 from holdfast.trainer.data import Batches
 from holdfast.trainer.model import Decoder, initialise
 from holdfast.types import Precision
@@ -214,7 +214,7 @@ def _offline_bits(curriculum: Curriculum, text: str, words: list[str], first: in
     adapter = AdapterConfig(**record.adapter, base=str(curriculum.brick(record.base)))
     adapter.tasks = [str(curriculum.path / task.directory) for task in record.kept]
     model = adapted_base(adapter, ModelConfig(**record.model), record.base).eval()
-    data = replace(config.data, path=text, source=adapt_command.DataSource.TEXT)
+    data = replace(config.data, path=text, source=DataSource.TEXT)
     store = corpora.prepare(data, Path(config.root) / "cache")
     batches = Batches(store, seed=0, seq_len=32, global_batch=4, micro_batch=2, rank=0, world=1)
     nats = bytes_ = 0.0
@@ -283,7 +283,7 @@ def test_rounds_of_a_domain_end_when_they_gain_nothing(tmp_path: Path, corpus: P
 
 
 def _careful(root: Path, corpus: Path, base: Path) -> list[str]:
-    """A rate that overshoots, so that the best state is not the last; two domains, the second out of the first's way."""
+    """A rate that overshoots, so that the best state is not the last; the second domain leaves the first alone."""
     options = ("adapter.method=brainstacks", "adapter.options.rank=2", "adapter.protected_directions=2")
     best = ("adapter.keep_best=true", "trainer.eval_every=3", "trainer.max_steps=12", "optim.lr=0.1")
     words = [word for word in _words(root, corpus, base) if not word.startswith(("trainer.max_steps", "optim.lr"))]
@@ -323,6 +323,23 @@ def test_a_worker_killed_in_the_second_domain_changes_no_bit_of_a_curriculum_wit
     evaluated = {event["step"]: event["bits_per_byte"] for event in events_of(runs[0], "evaluated")}
     assert found[0]["bits_per_byte"] == min(evaluated.values()) == evaluated[found[0]["best_step"]]
     _is_outside(schools[0], records[0].directions["lines"])
+
+
+@pytest.mark.slow
+def test_a_task_that_no_longer_improves_ends_with_its_best_and_is_finished(
+    tmp_path: Path, corpus: Path, base: Path
+) -> None:
+    config = _config(tmp_path, corpus, base, "lora", {"rank": 4})
+    config.trainer.max_steps, config.trainer.eval_every, config.optim.lr = 40, 1, 0.5
+    config.adapter.keep_best, config.adapter.patience, config.run_id, config.resume = True, 2, "early", "auto"
+    first = train(config)
+    found = first.findings
+    assert first.exit_code == 0 and "2 evaluations until step" in str(found["ended"])
+    assert found["step"] == first.step == int(str(found["best_step"])) + 2 < 40
+    evaluated = {event["step"]: event["bits_per_byte"] for event in events_of(first.run_dir, "evaluated")}
+    assert found["bits_per_byte"] == evaluated[found["best_step"]] == min(evaluated.values())
+    again = train(config)
+    assert (again.exit_code, again.findings, again.reason) == (0, found, "the goal was reached before")
 
 
 def _is_outside(school: Curriculum, digest: str) -> None:

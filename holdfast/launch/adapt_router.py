@@ -58,7 +58,7 @@ class Router:
         """In a line."""
         others = ", ".join(f"{name} {bits:.3f}" for name, bits in self.bits.items())
         return (
-            f"{len(self.domains)} domains from {self.prompts} outcomes; bits per byte behind held-out prompts: {others}"
+            f"{len(self.domains)} domains from {self.prompts} outcomes; bits per token behind held-out ones: {others}"
         )
 
 

@@ -91,7 +91,8 @@ def _digest(config: RunConfig, base: str) -> str:
     """What makes one curriculum of it."""
     about = {**to_plain(config), "base": base}
     kept = {key: about[key] for key in ("seed", "trainer", "model", "adapter", "optim", "base")}
-    kept["adapter"] = {name: value for name, value in dict(about["adapter"]).items() if name != "base"}  # type: ignore[call-overload]
+    apart = ("base", "router_prompts")  # a brick, and what is trained when all domains are learned
+    kept["adapter"] = {name: value for name, value in dict(about["adapter"]).items() if name not in apart}  # type: ignore[call-overload]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -150,8 +151,8 @@ class _Lessons:
                 left = f"{domain} with exit code {code}; go on with: {shlex.join(self.command)}"
                 sys.stdout.write(f"\n{matrix(record)}\nleft     {left}\n")
                 return code
-        routed = self._route(record)
-        sys.stdout.write(f"\n{matrix(record)}\n{routed}learned  {self.curriculum.path}\n")
+        sys.stdout.write(f"\n{matrix(record)}\n")
+        sys.stdout.write(f"{self._route(record)}learned  {self.curriculum.path}\n")
         return 0
 
     def _learn_domain(self, record: Record, domain: str, path: str) -> tuple[int, Record]:

@@ -297,7 +297,8 @@ def _run_of(root: Path, task: str) -> dict[str, Any]:
     return dict(ended["findings"])
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_worker_killed_in_the_second_domain_changes_no_bit_of_a_curriculum_with_directions_and_best_states(
     tmp_path: Path, corpus: Path, base: Path
 ) -> None:

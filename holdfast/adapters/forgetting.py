@@ -75,6 +75,14 @@ class LossMatrix:
             order, [[row[name] for name in order] for row in rows], [row[elsewhere] for row in rows if elsewhere]
         )
 
+    @classmethod
+    def so_far(cls, rows: Sequence[Mapping[str, float]], base: Mapping[str, float] | None = None) -> LossMatrix:
+        """From what was measured after each task: losses of the domains learned until then, in their order. All other
+        losses are NaN, and so is what depends on them."""
+        order = list(rows[-1]) if rows else []
+        whole = [{**dict.fromkeys(order, math.nan), **row} for row in (base or {}, *rows)]
+        return cls.of(order, whole)
+
     @property
     def learned(self) -> list[float]:
         """L[d][d]: each domain's loss right after its own task."""

@@ -9,11 +9,13 @@ from holdfast.trainer.sizing import check as check_model
 
 __all__ = ["adapter_problems", "curriculum_problems", "method_problems"]
 
+_OF_A_METHOD = ("options", "base", "nf4", "tasks", "task", "seen", "keep_best", "directions", "protected_directions")
+
 
 def adapter_problems(config: RunConfig) -> Iterator[str]:
     adapter, parallel = config.adapter, config.parallel
     if not adapter.method:
-        for key in ("options", "base", "nf4", "tasks", "task", "seen"):
+        for key in _OF_A_METHOD:
             if getattr(adapter, key):
                 yield f"adapter.{key}={getattr(adapter, key)!r} is of a method, and there is none; set adapter.method"
         return
@@ -25,6 +27,11 @@ def adapter_problems(config: RunConfig) -> Iterator[str]:
         yield "adapter.base is empty: adapters need frozen weights, such as <run>/export/model.safetensors"
     if not adapter.task:
         yield "adapter.task is empty: name what is learned, for example adapter.task=law"
+    if adapter.keep_best and not config.trainer.eval_every:
+        yield "adapter.keep_best=true needs trainer.eval_every, the steps between the evaluations it chooses from"
+    for key in ("spike", "patience"):
+        if getattr(adapter, key) and not adapter.keep_best:
+            yield f"adapter.{key}={getattr(adapter, key)} is looked at by adapter.keep_best=true only"
     if not check_model(config.model):
         yield from method_problems(config)
 

@@ -156,6 +156,11 @@ _RULES: Mapping[str, _Rule] = {
     "adapter.task": (_is_name_or_empty, _NAME),
     "adapter.base": (_is_absolute_or_empty, _ABSOLUTE),
     "adapter.tasks": (lambda paths: all(map(_is_absolute_or_empty, paths)), _ABSOLUTE),
+    "adapter.spike": (lambda v: 0 <= v < math.inf, "at least 0, where 0 lets the loss rise"),
+    "adapter.patience": (partial(_is_at_least, 0), "at least 0, where 0 is patient for ever"),
+    "adapter.directions": (_is_absolute_or_empty, _ABSOLUTE),
+    "adapter.protected_directions": _COUNT,
+    "adapter.router_prompts": _COUNT,
     "adapter.rounds": _POSITIVE_COUNT,
     "adapter.least_gain": (lambda v: 0 <= v < math.inf, "at least 0"),
     "data.seq_len": _POSITIVE_COUNT,
@@ -417,7 +422,8 @@ def state_bytes(config: RunConfig) -> int:
     moment = 1 + 4 / config.optim.block_size if config.optim.name.is_8bit else 4
     moments = moment_count(config.optim) * moment
     shards = replicas_of(config) if config.parallel.zero_stage >= 1 else 1
-    return math.ceil(_parameters_of_process(config) * (4 + moments) / shards)
+    best = 4 if config.adapter.keep_best else 0
+    return math.ceil(_parameters_of_process(config) * (4 + best + moments) / shards)
 
 
 def _parameters_of_process(config: RunConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from holdfast.adapters.forgetting import LossMatrix
 from holdfast.launch.curriculum import Curriculum, Learned, Record
 from holdfast.launch.wording import size, table
 
@@ -27,13 +28,15 @@ def _cells(task: Learned, domains: list[str]) -> Iterator[str]:
 
 
 def _summary(record: Record, domains: list[str]) -> Iterator[str]:
-    """Forgetting is the mean rise of the domains before the last since each was learned."""
-    final = record.kept[-1].bits
-    learned = {task.domain: task.bits[task.domain] for task in record.kept}
-    yield f"final    {sum(final[domain] for domain in domains) / len(domains):.3f} on average"
-    if before := [domain for domain in domains if domain != record.kept[-1].domain]:
-        rise = sum(final[domain] - learned[domain] for domain in before) / len(before)
-        yield f"forgot   {rise:+.3f} bits per byte on average since they were learned: {', '.join(before)}"
+    """Of each domain its last task counts."""
+    after = {task.domain: task.bits for task in record.kept}
+    losses = LossMatrix.so_far(
+        [{domain: bits[domain] for domain in domains if domain in bits} for bits in after.values()]
+    )
+    yield f"final    {losses.final:.3f} on average"
+    if before := domains[:-1]:
+        rise = f"{losses.forgetting:+.3f} bits per byte on average"
+        yield f"forgot   {rise} since they were learned: {', '.join(before)}"
 
 
 def _stored(record: Record) -> str:

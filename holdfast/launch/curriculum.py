@@ -4,14 +4,16 @@
 
     <root>/<project>/<name>/
       curriculum.json                    signed; replaced as a whole after every task
+      router.json                        signed; which router fits these tasks, if one was trained
       driver.lock                        held by whoever teaches
-      bricks/<sha256>.safetensors        the base: stored once, under its digest
+      bricks/<sha256>.safetensors        the base, directions, routers: each stored once, under its digest
       tasks/<task>-<digest>/             adapters of one task each
     <root>/<project>/<name>.<task>/      the run that trained it
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -64,11 +66,13 @@ class Record:
     model: Mapping[str, Any]
     """Of the base, as ``ModelConfig`` takes it."""
     adapter: Mapping[str, Any]
-    """``method``, ``options``, ``target_modules`` and ``nf4``."""
+    """``method``, ``options``, ``target_modules``, ``nf4`` and, if there are some, ``protected_directions``."""
     base: str
     """sha256 of the base's file."""
     base_bytes: int
     learned: Sequence[Learned] = field(default_factory=tuple)
+    directions: Mapping[str, str] = field(default_factory=dict)
+    """By domain, the sha256 of those that it stays out of."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -80,6 +84,10 @@ class Record:
     def domains(self) -> list[str]:
         """In the order in which they were learned."""
         return list(dict.fromkeys(task.domain for task in self.learned))
+
+    def texts(self, *, but: str = "") -> dict[str, str]:
+        """Paths by domain, without those of one."""
+        return {task.domain: task.text for task in self.learned if task.domain != but}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,15 @@ class Curriculum:
         finally:
             partial.unlink(missing_ok=True)
         return target
+
+    def keep_brick(self, data: bytes | bytearray) -> str:
+        """Store other frozen tensors once; their digest. Raises: OSError."""
+        digest = hashlib.sha256(data).hexdigest()
+        target = self.brick(digest)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(target, data)
+        return digest
 
     def keep_task(self, source: Path, task: str, digest: str) -> str:
         """Store a task's adapters once; the name of their directory. Raises: OSError."""

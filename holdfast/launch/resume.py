@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError, SnapshotError
@@ -97,5 +99,10 @@ def _named(config: RunConfig, run_id: str, digest: str) -> Opening:
             f"({started}); give the same options again, or start another run with another run_id"
         )
     ended = record["ended"]
-    is_finished = ended is not None and ended["outcome"] == "finished" and ended["step"] >= config.trainer.max_steps
+    is_finished = ended is not None and ended["outcome"] == "finished" and _is_at_goal(ended, config.trainer.max_steps)
     return Opening(run_dir, f"continuing {run_id}", is_finished)
+
+
+def _is_at_goal(ended: Mapping[str, Any], max_steps: int) -> bool:
+    """Or evaluations have ended it before."""
+    return bool(ended["step"] >= max_steps or ended.get("findings", {}).get("ended"))

@@ -84,7 +84,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) 
     validate.refuse_bad(config)
     material = _material(config)
     plain = {key: value for key, value in to_plain(config).items() if key != "adapter" or config.adapter.method}
-    digest = identity.config_digest({**plain, **material.digests})
+    digest = identity.config_digest({**plain, **material.digests, **_choosing(config)})
     opening = open_run(config, digest)
     if opening.is_finished:
         return _nothing_to_do(opening)
@@ -107,7 +107,7 @@ class _Material:
     @property
     def digests(self) -> dict[str, object]:
         """Besides the configuration they decide what is computed."""
-        frozen = {} if self.bricks is None else {"bricks": [self.bricks.base, *self.bricks.tasks]}
+        frozen = {} if self.bricks is None else {"bricks": self.bricks.digests}
         return {"text": self.store.digest, **frozen}
 
 
@@ -125,6 +125,12 @@ def _material(config: RunConfig) -> _Material:
         except SnapshotError as error:  # damage; nothing has started yet
             raise ConfigurationError(str(error)) from error
     return _Material(corpus.prepare(config.data, cache), seen, bricks)
+
+
+def _choosing(config: RunConfig) -> dict[str, object]:
+    """Evaluations change no state unless they choose it."""
+    trainer = config.trainer
+    return {"evaluations": [trainer.eval_every, trainer.eval_windows]} if config.adapter.keep_best else {}
 
 
 def _nothing_to_do(opening: Opening) -> Result:
@@ -270,6 +276,7 @@ class _Drive:
                 "store": str(self._material.store.path),
                 "seen": {name: str(store.path) for name, store in self._material.seen.items()},
                 "base_digest": self._material.bricks.base if self._material.bricks else "",
+                "directions_digest": self._material.bricks.directions if self._material.bricks else "",
                 "config_digest": self._digest,
             },
             keeper={

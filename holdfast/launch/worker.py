@@ -64,6 +64,7 @@ class WorkerHost:
             str(spec["store"]),
             str(self._run_dir / "export"),
             base_digest=str(spec["base_digest"]),
+            directions_digest=str(spec["directions_digest"]),
             seen=cast(Mapping[str, str], spec["seen"]),
         )
         self._config_digest = str(spec["config_digest"])

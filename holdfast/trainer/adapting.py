@@ -19,13 +19,24 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from holdfast import adapters
+from holdfast.adapters.methods.brainstacks import protect
 from holdfast.adapters.targets import ALL_LINEAR
 from holdfast.errors import ConfigurationError, HoldfastError
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.model import Decoder
 from holdfast.types import Precision
 
-__all__ = ["AdapterTask", "Bricks", "adapted_base", "find_bricks", "problems_of", "trainable_elements", "verify_base"]
+__all__ = [
+    "AdapterTask",
+    "Bricks",
+    "adapted_base",
+    "find_bricks",
+    "problems_of",
+    "protected_side",
+    "protected_widths",
+    "trainable_elements",
+    "verify_base",
+]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -40,6 +51,13 @@ class Bricks:
     base: str
     tasks: Sequence[str]
     size_bytes: int
+    directions: str = ""
+    """Empty if the task stays out of none."""
+
+    @property
+    def digests(self) -> list[str]:
+        """Of all of them."""
+        return [self.base, *self.tasks, *([self.directions] if self.directions else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +70,8 @@ class AdapterTask:
     base_digest: str
     inputs: Callable[[], Inputs]
     """Some text of the task, the same on every rank: for methods that look at it before they start and end."""
+    directions_digest: str = ""
+    """Of the file that ``config.directions`` names, if it does."""
 
     def begin(self, device: torch.device, precision: Precision = Precision.FP32) -> Decoder:
         """The base with the finished tasks and, untrained, this one. Parameters are fp32, as an engine takes them;
@@ -62,6 +82,8 @@ class AdapterTask:
         decoder = adapted_base(self.config, self.model, self.base_digest).to(device)
         self._collect(decoder)
         adapters.start_task(decoder, self.config.task, seed=self.seed)
+        if self.config.directions:
+            protect(decoder, _read_directions(Path(self.config.directions), self.directions_digest))
         if precision is Precision.BF16:
             _round_buffers(decoder, torch.bfloat16)
         decoder.register_forward_hook(_add_penalty)
@@ -136,8 +158,13 @@ def find_bricks(config: AdapterConfig) -> Bricks:
         raise ConfigurationError(
             f"adapter.task={config.task!r} is among the finished adapter.tasks; give it another name"
         )
-    sizes = [(task / sidecar.tensors).stat().st_size for task, sidecar in zip(tasks, sidecars, strict=True)]
-    return Bricks(_file_digest(base), [sidecar.digest for sidecar in sidecars], base.stat().st_size + sum(sizes))
+    if config.directions and not Path(config.directions).is_file():
+        raise ConfigurationError(f"adapter.directions={config.directions!r} is no file; put it back")
+    files = [base, *(task / sidecar.tensors for task, sidecar in zip(tasks, sidecars, strict=True))]
+    files += [Path(config.directions)] if config.directions else []
+    directions = _file_digest(Path(config.directions)) if config.directions else ""
+    size_bytes = sum(file.stat().st_size for file in files)
+    return Bricks(_file_digest(base), [sidecar.digest for sidecar in sidecars], size_bytes, directions)
 
 
 def problems_of(config: AdapterConfig, model: ModelConfig) -> list[str]:
@@ -146,7 +173,23 @@ def problems_of(config: AdapterConfig, model: ModelConfig) -> list[str]:
         _begun(config, model)
     except HoldfastError as error:
         return [f"adapter: {problem}" for problem in getattr(error, "problems", [str(error)])]
+    if (config.directions or config.protected_directions) and not protected_side(config):
+        has = f"adapter.method={config.method} with options {config.options} stays out of no directions"
+        return [f"{has}, so it takes no adapter.directions and no adapter.protected_directions; use brainstacks"]
     return []
+
+
+def protected_side(config: AdapterConfig) -> str:
+    """On which side of a layer the method stays out of directions, "input" or "output"; empty if it does not."""
+    projection = getattr(adapters.create_method(config.method, config.options), "projection", "off")
+    return {"off": "", "input": "input"}.get(projection, "output")
+
+
+def protected_widths(config: AdapterConfig, model: ModelConfig) -> dict[str, int]:
+    """Of each adapted layer on that side: as many directions leave nothing to learn in."""
+    layers = adapters.adapters_of(_begun(config, model)).layers
+    is_input = protected_side(config) == "input"
+    return {name: layer.in_features if is_input else layer.out_features for name, layer in layers.items()}
 
 
 def trainable_elements(config: AdapterConfig, model: ModelConfig) -> int:
@@ -185,6 +228,16 @@ def _add_penalty(module: nn.Module, _: Any, loss: Tensor) -> Tensor:
         return loss
     term = adapters.penalty(module)
     return loss + (term - term.detach()).to(loss.dtype)
+
+
+def _read_directions(path: Path, digest: str) -> dict[str, Tensor]:
+    """By layer. Raises: ConfigurationError for another file than the run began with, or none of directions."""
+    try:
+        if _file_digest(path) != digest:
+            raise ConfigurationError(f"adapter.directions={str(path)!r} is not the file that the run began with")
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"adapter.directions={str(path)!r} cannot be read: {error}") from error
 
 
 def _file_digest(path: Path) -> str:

@@ -21,15 +21,15 @@ from holdfast.parallel.microbatches import Microbatch
 from holdfast.parallel.pipeline_engine import PipelineEngine
 from holdfast.parallel.pipeline_plan import replicas
 from holdfast.parallel.zero import ZeroEngine
-from holdfast.trainer import tokenizer
 from holdfast.trainer.adapting import AdapterTask, trainable_elements, verify_base
+from holdfast.trainer.best import BestState, EndRules
 from holdfast.trainer.config import AdapterConfig, DataConfig, ModelConfig, NonFinite, TrainerConfig
 from holdfast.trainer.data import Batches, target_bytes
 from holdfast.trainer.engines import Work, build_engine
 from holdfast.trainer.evaluate import evaluate
-from holdfast.trainer.export import export_weights
+from holdfast.trainer.export import export_weights, sample_text
 from holdfast.trainer.loop import Goal, Trainer
-from holdfast.trainer.model import Decoder, generate
+from holdfast.trainer.model import Decoder
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.stage_healing import Boundaries, heal_stages
 from holdfast.trainer.state import StateView, TrainState
@@ -41,7 +41,6 @@ __all__ = ["Job", "Note", "RankRun"]
 Note = Callable[[dict[str, object]], None]
 """Takes a JSON record of something that happened besides a step."""
 
-_TEMPERATURE, _TOP_K = 0.8, 50
 _TINY = ModelConfig(name="tiny", d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32, max_seq_len=8)
 
 
@@ -75,6 +74,8 @@ class Job:
     export_dir: str
     base_digest: str = ""
     """Of the frozen base, if there is one."""
+    directions_digest: str = ""
+    """Of the file of directions that the task stays out of, if there is one."""
     seen: Mapping[str, str] = field(default_factory=dict)
     """Token stores of earlier tasks, by their names."""
 
@@ -136,7 +137,8 @@ class RankRun:
             observer=boundaries,
             model=self._task.begin(job.device, options.parallel.precision) if self._task else None,
         )
-        self.view = StateView(TrainState(), self._engine, rank=comm.rank)
+        self._best = BestState(self._engine, EndRules.of(options.adapter)) if options.adapter.keep_best else None
+        self.view = StateView(TrainState(), self._engine, rank=comm.rank, best=self._best)
         steps = options.trainer.max_steps
         parts = StepParts(
             engine=self._engine,
@@ -150,6 +152,7 @@ class RankRun:
             note=note,
             persist_every=options.snapshot.persist_every_steps,
             max_age_steps=options.snapshot.max_age_steps,
+            judge=self._judge if self._best else None,
         )
         self.trainer = Trainer(self.view, parts, self._training, self._goal())
 
@@ -161,6 +164,7 @@ class RankRun:
         """
         step = self.view.train.step
         self._watcher.enter(Phase.EVALUATE, step)
+        kept = self._end_with_best()
         bits, windows = self._measure(step)
         row = self._measure_seen(step) if self._task else {}
         self._watcher.enter(Phase.EXPORT, step)
@@ -168,9 +172,11 @@ class RankRun:
         weights = self._engine.full_weights()
         if self._comm.rank != 0:
             return {}
-        model = self._task.finish(weights) if self._task else _decoder(self._job.options, weights)
-        found = {"step": step, "bits_per_byte": bits, "windows": windows, **row}
-        found["text"] = _sample(self._job.options, model)
+        model = self._task.finish(weights) if self._task else Decoder(self._job.options.model)
+        if self._task is None:
+            model.load_state_dict(weights)
+        found = {"step": step, "bits_per_byte": bits, "windows": windows, **row, **kept}
+        found["text"] = sample_text(model, self._job.options.trainer, self._job.options.seed, self._job.options.data)
         try:
             return {**found, "weights": str(self._write(model, weights, step))}
         except OSError as error:
@@ -196,8 +202,23 @@ class RankRun:
 
     def _goal(self) -> Goal:
         trainer = self._job.options.trainer
-        may_skip = trainer.nonfinite is NonFinite.SKIP
-        return Goal(trainer.max_steps, trainer.eval_every, self._evaluate, trainer.max_nonfinite if may_skip else 0)
+        may_skip, every = trainer.nonfinite is NonFinite.SKIP, 0 if self._best else trainer.eval_every
+        return Goal(trainer.max_steps, every, self._evaluate, trainer.max_nonfinite if may_skip else 0)
+
+    def _judge(self, step: int) -> None:
+        """Collective. An evaluation that decides what is kept belongs to its step: who makes that again gets it."""
+        trainer = self._job.options.trainer
+        if self._best is not None and (step % trainer.eval_every == 0 or step == trainer.max_steps):
+            self._watcher.enter(Phase.EVALUATE, step)
+            self._best.judge(step, self._evaluate(step))
+
+    def _end_with_best(self) -> Mapping[str, object]:
+        """Collective. Let the best state be the one that is exported; what there is to tell of it."""
+        if self._best is None:
+            return {}
+        self.trainer.give_up_live()
+        self._best.put_back()
+        return {"best_step": self._best.step, "ended": self._best.ended}
 
     def _training(self, step: int) -> Sequence[Microbatch]:
         if self._boundaries is not None:
@@ -227,16 +248,22 @@ class RankRun:
         """What methods look at is the first batch, whole on every rank."""
         options, whole = self._job.options, self._open(self._job.store, 0, 1)
         return AdapterTask(
-            options.adapter, options.model, options.seed, self._job.base_digest, lambda: whole.microbatches(0)
+            options.adapter,
+            options.model,
+            options.seed,
+            self._job.base_digest,
+            lambda: whole.microbatches(0),
+            self._job.directions_digest,
         )
 
     def _on_device(self, tokens: torch.Tensor, targets: torch.Tensor) -> Microbatch:
         return tokens.to(self._job.device), targets.to(self._job.device), target_bytes(targets)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> float:
         bits, windows = self._measure(step)
         if self._comm.rank == 0:
             self._note({"event": "evaluated", "step": step, "bits_per_byte": bits, "windows": windows})
+        return bits
 
     def _measure(self, step: int) -> tuple[float, int]:
         """Collective. Bits per byte of held-out text, and in how many windows."""
@@ -274,24 +301,3 @@ class RankRun:
         if self._comm.rank == 0:
             angles = {str(stage): sums[stage] for stage in range(stages) if sums[stages + stage]}
             self._note({"event": "stages_measured", "step": step, "angular_distance": angles})
-
-
-def _decoder(options: Options, weights: Mapping[str, torch.Tensor]) -> Decoder:
-    model = Decoder(options.model)
-    model.load_state_dict(dict(weights))
-    return model
-
-
-def _sample(options: Options, model: Decoder) -> str:
-    """Text from trained weights, alone in fp32 on the CPU; the same on every machine that computes alike."""
-    prompt = [tokenizer.BOS, *tokenizer.encode(options.trainer.prompt)]
-    ids = generate(
-        model,
-        prompt,
-        options.trainer.generate_bytes,
-        temperature=_TEMPERATURE,
-        top_k=_TOP_K,
-        seed=options.seed,
-        max_seq_len=options.data.seq_len,
-    )
-    return options.trainer.prompt + tokenizer.decode(ids)

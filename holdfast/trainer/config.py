@@ -70,6 +70,22 @@ class AdapterConfig:
     """Name of the task that is trained; letters, digits, '.', '_' and '-'."""
     seen: dict[str, Any] = field(default_factory=dict)
     """Text of earlier tasks by their names, read like ``data.path``: it is evaluated too at the end."""
+    keep_best: bool = False
+    """End with the best state that an evaluation has seen, every ``trainer.eval_every`` steps and at the last one,
+    instead of the last state. It is part of every snapshot."""
+    spike: float = 0.0
+    """With keep_best: bits per byte above the best at which the task ends; 0 goes on unless they are no number."""
+    patience: int = 0
+    """With keep_best: evaluations in a row without improvement after which the task ends; 0 goes on."""
+    directions: str = ""
+    """Safetensors file of directions, a matrix for each layer, that the task stays out of. ``holdfast adapt`` makes
+    one for each domain."""
+    protected_directions: int = 0
+    """Of ``holdfast adapt``: directions of each earlier domain, in each layer, that a new one stays out of, for methods
+    with a ``projection``; 0 protects none."""
+    router_prompts: int = 200
+    """Of ``holdfast adapt``: pieces of each domain's text from whose outcomes a router is trained in the end, for
+    methods whose tasks act apart or alone; 0 trains none."""
     domains: list[str] = field(default_factory=list)
     """Of ``holdfast adapt``: files or directories to learn one after the other, NAME:PATH or PATH, named after its
     last part."""

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["export_weights"]
+from holdfast.trainer import tokenizer
+from holdfast.trainer.config import DataConfig, TrainerConfig
+from holdfast.trainer.model import generate
+
+__all__ = ["export_weights", "sample_text"]
+
+_TEMPERATURE, _TOP_K = 0.8, 50
 
 
 def export_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> int:
@@ -31,3 +37,17 @@ def export_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: Mappi
     finally:
         temporary.unlink(missing_ok=True)
     return path.stat().st_size
+
+
+def sample_text(model: nn.Module, trainer: TrainerConfig, seed: int, data: DataConfig) -> str:
+    """Text from trained weights, alone in fp32 on the CPU; the same on every machine that computes alike."""
+    ids = generate(
+        model,
+        [tokenizer.BOS, *tokenizer.encode(trainer.prompt)],
+        trainer.generate_bytes,
+        temperature=_TEMPERATURE,
+        top_k=_TOP_K,
+        seed=seed,
+        max_seq_len=data.seq_len,
+    )
+    return trainer.prompt + tokenizer.decode(ids)

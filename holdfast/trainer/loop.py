@@ -50,7 +50,7 @@ class Goal:
     max_steps: int
     evaluate_every: int
     """0 evaluates at the end only."""
-    evaluate: Callable[[int], None]
+    evaluate: Callable[[int], object]
     """Collective. Evaluate at this step."""
     max_left_out: int = 0
     """Steps of the whole run that may be left out because they are not finite."""
@@ -95,7 +95,7 @@ class Trainer:
         The last state is then a version that every rank holds, unless one had no room for it: that is logged, and
         the version committed before stays.
         """
-        while self._view.train.step < self._goal.max_steps:
+        while self._view.train.step < self._goal.max_steps and not self._view.is_over:
             self._parts.watcher.check()
             try:
                 stop = self._step()
@@ -106,6 +106,10 @@ class Trainer:
                 return self._settle(Ending.STOPPED)
             self._evaluate_if_due()
         return self._settle(Ending.FINISHED)
+
+    def give_up_live(self) -> None:
+        """The live state is about to become another one than that of its step: nobody may go on with it."""
+        self._pending.live = -1
 
     def keep_live(self) -> int:
         """Not collective. The epoch broke: begin to capture the state of the last boundary, if it is still whole here

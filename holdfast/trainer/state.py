@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from holdfast.types import RankState, SliceSpec, StateSlice
 
-__all__ = ["StateOwner", "StateView", "TrainState"]
+__all__ = ["Best", "StateOwner", "StateView", "TrainState"]
 
 
 class StateOwner(Protocol):
@@ -24,6 +24,20 @@ class StateOwner(Protocol):
     def load_scalars(self, scalars: Mapping[str, object]) -> None: ...
 
     def refresh(self) -> None: ...
+
+
+class Best(Protocol):
+    """What evaluations have kept; see :class:`holdfast.trainer.best.BestState`."""
+
+    @property
+    def slices(self) -> Sequence[StateSlice]: ...
+
+    @property
+    def ended(self) -> str: ...
+
+    def scalars(self) -> Mapping[str, object]: ...
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -44,12 +58,18 @@ class TrainState:
 
 
 class StateView:
-    """The state of one rank as named slices: the owner's tensors, live, and the random state, copied by value."""
+    """The state of one rank as named slices: the owner's tensors, live, the best ones if such are kept, and the random
+    state, copied by value."""
 
-    def __init__(self, train: TrainState, owner: StateOwner, *, rank: int) -> None:
-        self.train, self._owner = train, owner
+    def __init__(self, train: TrainState, owner: StateOwner, *, rank: int, best: Best | None = None) -> None:
+        self.train, self._owner, self._best = train, owner, best
         self._random = [_RandomState(f"rng/rank{rank}/{device}", device) for device in _devices()]
-        self._slices = [*owner.slices(), *(r.slice for r in self._random)]
+        self._slices = [*owner.slices(), *(best.slices if best else ()), *(r.slice for r in self._random)]
+
+    @property
+    def is_over(self) -> bool:
+        """Evaluations have ended the training."""
+        return self._best is not None and bool(self._best.ended)
 
     def capture(self) -> RankState:
         """The state as it is now. The tensors stay live: copy them before the next update."""
@@ -68,6 +88,8 @@ class StateView:
     def _scalars(self) -> dict[str, object]:
         train = self.train
         scalars = {"step": train.step, "tokens": train.tokens, "owner": dict(self._owner.scalars())}
+        if self._best is not None:
+            scalars["best"] = dict(self._best.scalars())
         return {**scalars, "left_out": sorted(train.left_out)} if train.left_out else scalars
 
     def adopt(self, scalars: Mapping[str, object]) -> None:
@@ -75,6 +97,8 @@ class StateView:
         self.train.step, self.train.tokens = cast(int, scalars["step"]), cast(int, scalars["tokens"])
         self.train.left_out |= set(cast(Sequence[int], scalars.get("left_out", ())))
         self._owner.load_scalars(cast(Mapping[str, object], scalars["owner"]))
+        if self._best is not None:
+            self._best.load_scalars(cast(Mapping[str, Any], scalars["best"]))
         for random in self._random:
             random.write()
         self._owner.refresh()

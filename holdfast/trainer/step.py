@@ -99,6 +99,9 @@ class StepParts:
     """Versions that are multiples become durable checkpoints: the step waits until every rank has room for them."""
     max_age_steps: int = 0
     """Steps that the newest committed version may be old; 0 does not look."""
+    judge: Callable[[int], None] | None = None
+    """Collective. Look at the state after this many steps, and change what of it depends on that, before it becomes a
+    version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +161,7 @@ def train_step(
     grad_norm = parts.engine.update(rate)
     if not math.isfinite(grad_norm):  # clipping by it has spoiled the live state, which nobody has been offered yet
         raise NonFiniteStep(step, grad_norm, "gradient norm")
-    view.train.advance(verdict.tokens)
-    pending.reach(view)
+    judged_s = _arrive(view, parts, pending, verdict.tokens)
     failpoints.hit("step.after_update", step)
     offered_s = offer(view, parts, pending, has_room=verdict.has_room)
     report = StepReport(
@@ -170,7 +172,7 @@ def train_step(
         learning_rate=rate,
         grad_norm=grad_norm,
         tokens=view.train.tokens,
-        step_s=time.perf_counter() - started,
+        step_s=time.perf_counter() - started - judged_s,
         stall_s=copied.waited_s + offered_s,
         copy_bytes=pending.copied_bytes,
         committed=max(pending.restored, parts.snapshots.newest_committed),
@@ -186,10 +188,23 @@ def pass_over(view: StateView, parts: StepParts, pending: Pending) -> bool:
     fence(parts, pending, step)
     verdict = vote([0.0, 0.0, 0.0], parts, pending, step, wanted=_next_version(parts, step))
     verdict = _wait_if_due(verdict, parts, pending, step)
-    view.train.advance(0)
-    pending.reach(view)
+    pending.live = -1
+    _arrive(view, parts, pending, 0)
     offer(view, parts, pending, has_room=verdict.has_room)
     return verdict.stop
+
+
+def _arrive(view: StateView, parts: StepParts, pending: Pending, tokens: int) -> float:
+    """Collective. The step is made and judged; a fault until then makes it again, with the same verdict. Seconds that
+    the judging took."""
+    view.train.advance(tokens)
+    judged_s = 0.0
+    if parts.judge is not None:
+        started = time.perf_counter()
+        parts.judge(view.train.step)
+        judged_s = time.perf_counter() - started
+    pending.reach(view)
+    return judged_s
 
 
 def _wait_if_due(verdict: Verdict, parts: StepParts, pending: Pending, step: int) -> Verdict:

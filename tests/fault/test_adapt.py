@@ -7,23 +7,25 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from holdfast import adapters
 from holdfast.configs.schema import RunConfig
 from holdfast.fault_tolerance.manifest import Manifest
-from holdfast.launch import adapt_command, compose
+from holdfast.launch import compose
 from holdfast.launch.cli import main
 from holdfast.launch.curriculum import Curriculum
 from holdfast.launch.run import Result, train
 from holdfast.optim.config import OptimName
 from holdfast.trainer.adapting import adapted_base
-from holdfast.trainer.config import AdapterConfig, ModelConfig
+from holdfast.trainer.config import AdapterConfig, DataSource, ModelConfig
 from holdfast.trainer.data import Batches
 from holdfast.trainer.model import Decoder, initialise
 from holdfast.types import Precision
@@ -212,7 +214,7 @@ def _offline_bits(curriculum: Curriculum, text: str, words: list[str], first: in
     adapter = AdapterConfig(**record.adapter, base=str(curriculum.brick(record.base)))
     adapter.tasks = [str(curriculum.path / task.directory) for task in record.kept]
     model = adapted_base(adapter, ModelConfig(**record.model), record.base).eval()
-    data = replace(config.data, path=text, source=adapt_command.DataSource.TEXT)
+    data = replace(config.data, path=text, source=DataSource.TEXT)
     store = corpora.prepare(data, Path(config.root) / "cache")
     batches = Batches(store, seed=0, seq_len=32, global_batch=4, micro_batch=2, rank=0, world=1)
     nats = bytes_ = 0.0
@@ -275,3 +277,78 @@ def test_rounds_of_a_domain_end_when_they_gain_nothing(tmp_path: Path, corpus: P
     assert _adapt(*words[1:], *rounds)[0] == 0
     (task,) = Curriculum(tmp_path / "runs" / "holdfast" / "school").record().learned
     assert task.task == "sums.1"
+
+
+# -- directions, the best state and a router -------------------------------------------------------------------------
+
+
+def _careful(root: Path, corpus: Path, base: Path) -> list[str]:
+    """A rate that overshoots, so that the best state is not the last; the second domain leaves the first alone."""
+    options = ("adapter.method=brainstacks", "adapter.options.rank=2", "adapter.protected_directions=2")
+    best = ("adapter.keep_best=true", "trainer.eval_every=3", "trainer.max_steps=12", "optim.lr=0.1")
+    words = [word for word in _words(root, corpus, base) if not word.startswith(("trainer.max_steps", "optim.lr"))]
+    return [*words, *options, *best, "adapter.router_prompts=8"]
+
+
+def _run_of(root: Path, task: str) -> dict[str, Any]:
+    ended: dict[str, Any] = json.loads((root / "runs" / "holdfast" / f"school.{task}" / "run.json").read_text())[
+        "ended"
+    ]
+    return dict(ended["findings"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_killed_in_the_second_domain_changes_no_bit_of_a_curriculum_with_directions_and_best_states(
+    tmp_path: Path, corpus: Path, base: Path
+) -> None:
+    """Killed between the evaluation that was best and the end. Both curricula have learned the first domain at once."""
+    calm, struck = (tmp_path / name for name in ("calm", "struck"))
+    calm.mkdir()
+    words = _careful(calm, corpus, base)
+    assert _adapt(f"domains=[{calm / 'sums'}]", *words[1:])[0] == 0
+    shutil.copytree(calm / "runs", struck / "runs")
+    for root, extra in ((calm, []), (struck, ["chaos.faults=['sigkill rank=1 step=10']"])):
+        code, told = _adapt(*words, f"root={root / 'runs'}", *extra)
+        assert (code, "router   2 domains from 16 outcomes" in told) == (0, True), told
+    schools = [Curriculum(root / "runs" / "holdfast" / "school") for root in (calm, struck)]
+    runs = [school.path.with_name("school.lines") for school in schools]
+    assert [len(events_of(run, "fault_detected")) for run in runs] == [0, 1]
+    for folder in ("bricks", "tasks"):
+        assert _files(schools[1].path / folder) == _files(schools[0].path / folder)
+    records = [school.record() for school in schools]
+    assert records[0].directions.keys() == {"lines"} and records[1].directions == records[0].directions
+    assert [task.bits for task in records[1].learned] == [task.bits for task in records[0].learned]
+    found = [_run_of(root, "lines") for root in (calm, struck)]
+    assert found[0]["best_step"] == found[1]["best_step"] < 12
+    evaluated = {event["step"]: event["bits_per_byte"] for event in events_of(runs[0], "evaluated")}
+    assert found[0]["bits_per_byte"] == min(evaluated.values()) == evaluated[found[0]["best_step"]]
+    _is_outside(schools[0], records[0].directions["lines"])
+
+
+@pytest.mark.slow
+def test_a_task_that_no_longer_improves_ends_with_its_best_and_is_finished(
+    tmp_path: Path, corpus: Path, base: Path
+) -> None:
+    config = _config(tmp_path, corpus, base, "lora", {"rank": 4})
+    config.trainer.max_steps, config.trainer.eval_every, config.optim.lr = 40, 1, 0.5
+    config.adapter.keep_best, config.adapter.patience, config.run_id, config.resume = True, 2, "early", "auto"
+    first = train(config)
+    found = first.findings
+    assert first.exit_code == 0 and "2 evaluations until step" in str(found["ended"])
+    assert found["step"] == first.step == int(str(found["best_step"])) + 2 < 40
+    evaluated = {event["step"]: event["bits_per_byte"] for event in events_of(first.run_dir, "evaluated")}
+    assert found["bits_per_byte"] == evaluated[found["best_step"]] == min(evaluated.values())
+    again = train(config)
+    assert (again.exit_code, again.findings, again.reason) == (0, found, "the goal was reached before")
+
+
+def _is_outside(school: Curriculum, digest: str) -> None:
+    """The energy of the second task's frozen matrices inside the directions is rounding."""
+    bases = safetensors.torch.load_file(school.brick(digest))
+    (file,) = next((school.path / "tasks").glob("lines-*")).glob("*.safetensors")
+    frozen = safetensors.torch.load_file(file)
+    assert len(bases) == 14
+    for layer, basis in bases.items():
+        up = frozen[f"{layer}.0.up"].double()
+        assert (up @ basis.double().T).square().sum() < 1e-10 * up.square().sum()

@@ -77,3 +77,11 @@ def test_the_mean_is_taken_in_evaluation_mode_and_leaves_the_modes() -> None:
 
 def test_bits_per_byte() -> None:
     assert bits_per_byte(math.log(2) * 3, tokens=10, size_bytes=15) == pytest.approx(2.0)
+
+
+def test_losses_that_were_not_measured_are_no_numbers() -> None:
+    rows = [{"a": 2.0}, {"a": 2.5, "b": 1.0}, {"a": 2.75, "b": 1.5, "c": 0.5}]
+    matrix = LossMatrix.so_far(rows)
+    assert (matrix.changes, matrix.forgetting, matrix.diagonal) == ([0.75, 0.5], 0.625, 3.5 / 3)
+    assert math.isnan(matrix.base) and math.isnan(matrix.rows[1][2])
+    assert LossMatrix.so_far(rows, {"a": 3.0, "b": 3.0, "c": 3.0}).base == 3.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -10,56 +10,15 @@ import safetensors.torch
 import torch
 
 from holdfast import adapters
-from holdfast.adapters.store import read_sidecar
 from holdfast.errors import ConfigurationError
-from holdfast.launch.adapt_prompt import Prompted
-from holdfast.launch.curriculum import Curriculum, Learned, Record
-from holdfast.trainer.config import ModelConfig
-from holdfast.trainer.export import export_weights
-from holdfast.trainer.model import Decoder, initialise
-
-MODEL = ModelConfig(d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, max_seq_len=24)
-TARGETS = ["wq", "wo"]
-
-
-def _curriculum(root: Path, method: str, tasks: int = 2) -> Curriculum:
-    """Of random tasks."""
-    base = Decoder(MODEL)
-    initialise(base, 1)
-    source = root / "base.safetensors"
-    export_weights(dict(base.named_parameters()), source, metadata={})
-    curriculum = Curriculum(root / "project" / "school")
-    curriculum.keep_base(source, "b" * 64)
-    adapters.inject(base, adapters.create_method(method, {"rank": 2}), TARGETS)
-    torch.manual_seed(0)
-    learned = []
-    for number in range(tasks):
-        adapters.start_task(base, f"t{number}")
-        with torch.no_grad():
-            for parameter in adapters.trainable_parameters(base):
-                parameter.add_(torch.randn_like(parameter))
-        adapters.finish_task(base)
-        saved = root / f"t{number}"
-        adapters.save_adapters(base, saved, only=f"t{number}")
-        digest = read_sidecar(saved).digest
-        directory = curriculum.keep_task(saved, f"t{number}", digest)
-        facts = {"digest": digest, "size_bytes": 1, "base_bits": 8.0, "before_bits": 8.0, "bits": {f"t{number}": 7.0}}
-        learned.append(Learned(task=f"t{number}", domain=f"t{number}", text="", directory=directory, **facts))  # type: ignore[arg-type]
-    about = {"method": method, "options": {"rank": 2}, "target_modules": TARGETS, "nf4": False}
-    record = Record(model=asdict(MODEL), adapter=about, base=_digest(curriculum), base_bytes=1, learned=learned)
-    (curriculum.path / "bricks" / ("b" * 64 + ".safetensors")).rename(curriculum.brick(record.base))
-    curriculum.write(record)
-    return curriculum
-
-
-def _digest(curriculum: Curriculum) -> str:
-    import hashlib
-
-    return hashlib.sha256((curriculum.path / "bricks" / ("b" * 64 + ".safetensors")).read_bytes()).hexdigest()
+from holdfast.launch.adapt_prompt import Asked, Prompted
+from holdfast.trainer import tokenizer
+from holdfast.trainer.model import Decoder, generate
+from tests.support.curricula import MODEL, make_curriculum
 
 
 def test_merged_weights_compute_what_base_and_tasks_compute(tmp_path: Path) -> None:
-    curriculum = _curriculum(tmp_path, "freeze_and_add")
+    curriculum = make_curriculum(tmp_path, "freeze_and_add")
     tokens = torch.randint(256, (1, 9), generator=torch.Generator().manual_seed(2))
     for first in (None, 1, 0):
         prompted, path = Prompted(curriculum), tmp_path / f"merged{first}" / "model.safetensors"
@@ -72,7 +31,7 @@ def test_merged_weights_compute_what_base_and_tasks_compute(tmp_path: Path) -> N
 
 
 def test_a_method_that_cannot_be_merged_says_why_and_writes_nothing(tmp_path: Path) -> None:
-    prompted = Prompted(_curriculum(tmp_path, "mora"))
+    prompted = Prompted(make_curriculum(tmp_path, "mora"))
     with pytest.raises(ConfigurationError, match="mora cannot be merged"):
         prompted.export(tmp_path / "out" / "model.safetensors", first=None)
     assert not (tmp_path / "out").exists()
@@ -85,7 +44,7 @@ def test_a_method_that_cannot_be_merged_says_why_and_writes_nothing(tmp_path: Pa
 def test_each_choice_that_a_method_allows_is_tried_and_the_best_comes_first(
     method: str, choices: int, tmp_path: Path
 ) -> None:
-    prompted = Prompted(_curriculum(tmp_path, method))
+    prompted = Prompted(make_curriculum(tmp_path, method))
     lines = [line for line in prompted.routes("some words").splitlines()[1:] if "weight" not in line]
     bits = [float(line.split()[0]) for line in lines]
     assert (len(bits), bits) == (choices, sorted(bits))
@@ -93,7 +52,48 @@ def test_each_choice_that_a_method_allows_is_tried_and_the_best_comes_first(
 
 
 def test_a_long_text_is_judged_by_its_end(tmp_path: Path) -> None:
-    prompted = Prompted(_curriculum(tmp_path, "mora"))
+    prompted = Prompted(make_curriculum(tmp_path, "mora"))
     assert prompted.routes("x" * 50 + "the end of what was said") == prompted.routes(
         "y" * 50 + "the end of what was said"
     )
+
+
+def _written(prompted: Prompted, **asked: object) -> str:
+    return prompted.write("some words", Asked(**asked), n=12, temperature=0, seed=0)  # type: ignore[arg-type]
+
+
+def test_each_mode_writes_what_its_tasks_write(tmp_path: Path) -> None:
+    prompted = Prompted(make_curriculum(tmp_path, "brainstacks", 3))
+    first, own = (_written(prompted, first=n) for n in (2, 3)), _written(prompted, task="t1")
+    assert _written(prompted, mode="prefix", domain="t1") == next(first)
+    assert _written(prompted, mode="ungated") == next(first)
+    assert _written(prompted, mode="own-only", domain="t1") == own
+    assert len({own, _written(prompted, first=2), _written(prompted, first=0)}) == 3
+    tokens = torch.tensor([[256, *b"some words"]])
+    losses = {}
+    for size in range(4):
+        for chosen in combinations(("t0", "t1", "t2"), size):
+            with torch.no_grad(), adapters.using_tasks(prompted._model, weights=dict.fromkeys(chosen, 1.0)):
+                losses[chosen] = float(prompted._model(tokens[:, :-1], tokens[:, 1:]))
+    weights = dict.fromkeys(min(losses, key=losses.__getitem__), 1.0)
+    with adapters.using_tasks(prompted._model, weights=weights):
+        ids = generate(prompted._model, tokens[0].tolist(), 12, temperature=0, max_seq_len=MODEL.max_seq_len)
+    assert _written(prompted, mode="oracle") == f"some words{tokenizer.decode(ids)}\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "word"),
+    [
+        ("mora", {"mode": "oracle"}, "mora's tasks act together"),
+        ("mora", {"mode": "routed"}, "mora's tasks act together"),
+        ("brainstacks", {"mode": "routed"}, "school has no router"),
+        ("oracle", {"mode": "ungated"}, "one task act at a time"),
+        ("lora", {"mode": "prefix", "domain": "t0"}, "has overwritten 't0'"),
+        ("brainstacks", {"mode": "ungated", "first": 1}, "give one of them"),
+        ("brainstacks", {"mode": "ungated", "domain": "t0"}, "is of --mode own-only or prefix"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused(method: str, asked: dict[str, object], word: str, tmp_path: Path) -> None:
+    prompted = Prompted(make_curriculum(tmp_path, method))
+    with pytest.raises(ConfigurationError, match=word):
+        _written(prompted, **asked)

@@ -26,6 +26,7 @@ def worker(tmp_path: Path) -> WorkerHost:
         "store": "",
         "config_digest": "",
         "base_digest": "",
+        "directions_digest": "",
         "seen": {},
     }
     return WorkerHost(spec)

@@ -19,7 +19,7 @@ Source: arXiv 2604.01152.
 """
 
 from holdfast.adapters.methods.brainstacks.boosting import BoostPlan, Domain, boost, validate
-from holdfast.adapters.methods.brainstacks.curriculum import Curriculum, Progress, forgetting
+from holdfast.adapters.methods.brainstacks.curriculum import Curriculum, Progress
 from holdfast.adapters.methods.brainstacks.library import Manifest, Record, add_stack, read_manifest, remove_stack
 from holdfast.adapters.methods.brainstacks.method import Brainstacks
 from holdfast.adapters.methods.brainstacks.pager import Pager, PagerStats, page_stacks
@@ -86,7 +86,6 @@ __all__ = [
     "check_frozen",
     "choose",
     "exhaustive",
-    "forgetting",
     "greedy",
     "oracle",
     "outcome_loss",

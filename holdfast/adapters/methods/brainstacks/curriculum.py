@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from holdfast.adapters.adapted import adapters_of
+from holdfast.adapters.forgetting import LossMatrix
 from holdfast.adapters.methods.brainstacks.boosting import BoostPlan, Domain, boost, validate
 from holdfast.adapters.methods.brainstacks.library import add_stack
 from holdfast.adapters.methods.brainstacks.method import Brainstacks
@@ -19,7 +20,7 @@ from holdfast.adapters.tasks import use_tasks
 from holdfast.adapters.training import Optimizers
 from holdfast.errors import ConfigurationError
 
-__all__ = ["Curriculum", "Progress", "forgetting"]
+__all__ = ["Curriculum", "Progress"]
 
 
 @dataclass(slots=True)
@@ -29,7 +30,12 @@ class Progress:
     stacks: list[Stack] = field(default_factory=list)
     """Frozen ones, oldest first."""
     losses: list[dict[str, float]] = field(default_factory=list)
-    """After each domain the validation loss of every domain so far with all stacks on: what forgetting is read from."""
+    """After each domain the validation loss of every domain so far with all stacks on."""
+
+    @property
+    def matrix(self) -> LossMatrix:
+        """What forgetting is read from."""
+        return LossMatrix.so_far(self.losses)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +106,3 @@ class Curriculum:
 
     def _run_on_samples(self, model: nn.Module, domain: Domain) -> Callable[[], object]:
         return lambda: [domain.loss(model, batch) for batch in islice(domain.batches(1), self.samples)]
-
-
-def forgetting(progress: Progress) -> dict[str, float]:
-    """By domain, the last ungated loss minus the one right after it was learned; 0 for the last domain."""
-    first = {name: losses[name] for losses in reversed(progress.losses) for name in losses}
-    return {name: progress.losses[-1][name] - first[name] for name in first}

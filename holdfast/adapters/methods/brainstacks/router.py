@@ -5,10 +5,10 @@ Suffixes: B inputs, T tokens, H width of the base, W width of the router, Q doma
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.adapters.tasks import using_tasks
+from holdfast.adapters.training import TaskPlan, half_cosine, train_task
 from holdfast.errors import ConfigurationError
 
 __all__ = ["Examples", "MetaRouter", "RouterPlan", "base_features", "choose", "router_loss", "train_router"]
@@ -146,40 +147,39 @@ class RouterPlan:
 def train_router(
     router: MetaRouter, examples: Examples, held_out: Examples, plan: RouterPlan | None = None, *, seed: int = 0
 ) -> list[float]:
-    """The held-out cross-entropy after every epoch; the router is left as it was in the best one.
+    """The held-out cross-entropy before the first epoch and after each; the router is left as it was at the best one.
 
     ``held_out`` has to share no prompt with ``examples``. Cosine to zero over all steps. Dropout draws from torch's
     generator.
     """
     plan = plan or RouterPlan()
+    per_epoch = math.ceil(len(examples.targets) / plan.batch)
+    steps = plan.epochs * per_epoch
+    task = TaskPlan(
+        steps=steps,
+        optimizer=partial(torch.optim.AdamW, lr=plan.lr, weight_decay=plan.weight_decay),
+        schedule=half_cosine(steps),
+        clip=plan.clip,
+        validate=partial(_held_out_loss, held_out=held_out),
+        validate_every=per_epoch,
+    )
+    trained = train_task(router, _epochs(examples, plan, seed), _loss, task, list(router.parameters()))
+    return [loss for _, loss in trained.validations]
+
+
+def _epochs(examples: Examples, plan: RouterPlan, seed: int) -> Iterator[Examples]:
     draw = torch.Generator().manual_seed(seed)
-    steps = plan.epochs * math.ceil(len(examples.targets) / plan.batch)
-    optimizer = torch.optim.AdamW(router.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    history = list[float]()
-    best = copy.deepcopy(router.state_dict())
     for _ in range(plan.epochs):
-        router.train()
         order = torch.randperm(len(examples.targets), generator=draw)
         for start in range(0, len(order), plan.batch):
-            batch = examples.take(order[start : start + plan.batch])
-            optimizer.zero_grad()
-            loss = router_loss(router(batch.features, batch.is_token), batch.targets)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
-            nn.utils.clip_grad_norm_(router.parameters(), plan.clip)
-            optimizer.step()
-            schedule.step()
-        history.append(_held_out_loss(router, held_out))
-        if history[-1] <= min(history):
-            best = copy.deepcopy(router.state_dict())
-    router.load_state_dict(best)
-    router.eval()
-    return history
+            yield examples.take(order[start : start + plan.batch])
 
 
-@torch.no_grad()
-def _held_out_loss(router: MetaRouter, held_out: Examples) -> float:
-    router.eval()
+def _loss(router: nn.Module, batch: Examples) -> Tensor:
+    return router_loss(router(batch.features, batch.is_token), batch.targets)
+
+
+def _held_out_loss(router: nn.Module, held_out: Examples) -> float:
     logits_BQ = router(held_out.features, held_out.is_token)
     return float(F.binary_cross_entropy_with_logits(logits_BQ, held_out.targets))
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 __all__ = [
+    "BrickRestored",
+    "BricksHeld",
     "CheckpointRejected",
     "CheckpointWritten",
     "EpochStarted",
@@ -246,6 +248,37 @@ class StagesMeasured(Event):
     angular_distance: dict[str, float]
     """By stage, between what goes in and what comes out, in half turns: a stage with a low one is easily replaced.
     Source: arXiv 2403.17887, section 3.2."""
+
+
+@dataclass(frozen=True, slots=True)
+class BricksHeld(Event):
+    """Every node that takes part has its pieces of the run's frozen files in memory."""
+
+    bricks: int
+    bytes: int
+    """Of the files."""
+    held: dict[str, int]
+    """Bytes by node."""
+    read: int
+    """Bytes that were read from the files for it, by all keepers since they were started."""
+    sent: int
+    """Bytes that went from keeper to keeper."""
+    coded: int
+    """Bytes that were computed: parity, and pieces that were lost."""
+    snapshot: dict[str, int]
+    """Bytes by rank of the newest snapshot, which holds nothing that is frozen."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrickRestored(Event):
+    """A frozen file was not what the run began with, and a rank took it from the keepers' memory."""
+
+    rank: int
+    path: str
+    digest: str
+    """sha256."""
+    bytes: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,8 @@ def _digest(config: RunConfig, base: str) -> str:
     """What makes one curriculum of it."""
     about = {**to_plain(config), "base": base}
     kept = {key: about[key] for key in ("seed", "trainer", "model", "adapter", "optim", "base")}
-    kept["adapter"] = {name: value for name, value in dict(about["adapter"]).items() if name != "base"}  # type: ignore[call-overload]
+    where = ("base", "in_memory")
+    kept["adapter"] = {name: value for name, value in dict(about["adapter"]).items() if name not in where}  # type: ignore[call-overload]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 

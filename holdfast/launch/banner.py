@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from holdfast import knobs
 from holdfast.configs import layout, validate
+from holdfast.configs.protection import brick_bytes
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.launch.identity import versions
 from holdfast.launch.resume import checkpoints_uri
@@ -75,10 +76,14 @@ def _adapter(config: RunConfig, bricks: Bricks) -> str:
     adapter = config.adapter
     options = ", ".join(f"{name}={value}" for name, value in adapter.options.items())
     base = f"base {bricks.base[:8]}…{' in 4 bits' if adapter.nf4 else ''}"
+    held = brick_bytes(config, bricks.files) if adapter.in_memory else [0]
+    memory = (
+        f"up to {max(held):,} bytes of them in each keeper" if any(held) else "in no keeper (adapter.in_memory=false)"
+    )
     return (
         f"{adapter.method}({options}) learns {adapter.task} on {len(adapter.tasks)} finished tasks: "
         f"{trainable_elements(adapter, config.model):,} elements train\n"
-        f"frozen: {base} and these tasks, {size(bricks.size_bytes)} read from files, in no snapshot"
+        f"frozen: {base} and these tasks, {bricks.size_bytes:,} bytes read from files, in no snapshot; {memory}"
     )
 
 

@@ -45,6 +45,7 @@ FREE_KEYS: Mapping[str, str] = {
     "trainer.prompt": "what is shown",
     "adapter.base": "where the frozen weights are; they have a digest of their own",
     "adapter.tasks": "where the finished tasks are; each has a digest of its own",
+    "adapter.in_memory": "where copies of the frozen files are",
     "adapter.seen": "evaluation changes no state",
     "adapter.rounds": "how many tasks come after this one",
     "adapter.least_gain": "how many tasks come after this one",

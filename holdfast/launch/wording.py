@@ -254,6 +254,20 @@ def _stages(event: e.StagesMeasured, at: str) -> Iterator[str]:
         yield f"STAGE {at} step {event.step:,}: angular distance of stages {angles}; a low one is easily replaced"
 
 
+def _bricks_held(event: e.BricksHeld, at: str) -> Iterator[str]:
+    held = ", ".join(f"node {node}: {n_bytes:,}" for node, n_bytes in event.held.items())
+    taken = ", ".join(f"rank {rank}: {n_bytes:,}" for rank, n_bytes in event.snapshot.items())
+    files = f"{_count(event.bricks, 'frozen file')}, {event.bytes:,} bytes"
+    yield f"GUARD {at} the keepers hold {files}: {held}"
+    yield f"{_INDENT}once: {event.read:,} bytes read, {event.sent:,} sent, {event.coded:,} coded"
+    yield f"{_INDENT}a snapshot has none of them: {taken} bytes"
+
+
+def _brick_restored(event: e.BrickRestored, at: str) -> Iterator[str]:
+    brick = f"sha256 {event.digest[:8]}…, {size(event.bytes)}"
+    yield f"GUARD {at} rank {event.rank} took {event.path} ({brick}) from the keepers' memory: {event.reason}"
+
+
 def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
     yield f"STOP  {at} {event.reason}"
 
@@ -278,6 +292,8 @@ _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.StageRebuilt: _rebuilt,
     e.StagesMeasured: _stages,
     e.Generated: _generated,
+    e.BricksHeld: _bricks_held,
+    e.BrickRestored: _brick_restored,
     e.StopRequested: _stop,
 }
 

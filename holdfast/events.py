@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 __all__ = [
-    "BrickRestored",
     "BricksHeld",
+    "BricksRestored",
     "CheckpointRejected",
     "CheckpointWritten",
     "EpochStarted",
@@ -270,15 +270,16 @@ class BricksHeld(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class BrickRestored(Event):
-    """A frozen file was not what the run began with, and a rank took it from the keepers' memory."""
+class BricksRestored(Event):
+    """Frozen files were not what the run began with, and a rank took them from the keepers' memory."""
 
     rank: int
-    path: str
-    digest: str
-    """sha256."""
+    files: dict[str, str]
+    """sha256 by path."""
     bytes: int
+    """Of all of them."""
     reason: str
+    """What was wrong with the first of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from holdfast.events import (
-    BrickRestored,
+    BricksRestored,
     Evaluated,
     Event,
     EventSink,
@@ -26,7 +26,7 @@ _DRAIN_S = 1.0
 """Between two times that they are fetched."""
 
 _KINDS: Mapping[str, Callable[..., Event]] = {
-    "brick_restored": BrickRestored,
+    "bricks_restored": BricksRestored,
     "evaluated": Evaluated,
     "snapshot_failed": SnapshotFailed,
     "stage_healed": StageHealed,

@@ -263,9 +263,11 @@ def _bricks_held(event: e.BricksHeld, at: str) -> Iterator[str]:
     yield f"{_INDENT}a snapshot has none of them: {taken} bytes"
 
 
-def _brick_restored(event: e.BrickRestored, at: str) -> Iterator[str]:
-    brick = f"sha256 {event.digest[:8]}…, {size(event.bytes)}"
-    yield f"GUARD {at} rank {event.rank} took {event.path} ({brick}) from the keepers' memory: {event.reason}"
+def _bricks_restored(event: e.BricksRestored, at: str) -> Iterator[str]:
+    first, digest = next(iter(event.files.items()))
+    files = f"{_count(len(event.files), 'frozen file')}, {size(event.bytes)},"
+    yield f"GUARD {at} rank {event.rank} took {files} from the keepers' memory"
+    yield f"{_INDENT}{first} (sha256 {digest[:8]}…): {event.reason}"
 
 
 def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
@@ -293,7 +295,7 @@ _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.StagesMeasured: _stages,
     e.Generated: _generated,
     e.BricksHeld: _bricks_held,
-    e.BrickRestored: _brick_restored,
+    e.BricksRestored: _bricks_restored,
     e.StopRequested: _stop,
 }
 

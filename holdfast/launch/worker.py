@@ -278,9 +278,9 @@ class WorkerHost:
                 links.connect({int(node): address for node, address in plan.keepers.items()})
                 fetch_brick(held[file.digest], links, out)
 
-        def restored(file: BrickFile, why: str) -> None:
-            about = {"rank": plan.rank, "path": file.path, "digest": file.digest, "bytes": file.size}
-            self._note({"event": "brick_restored", **about, "reason": why})
+        def restored(files: Sequence[BrickFile], why: str) -> None:
+            about = {"files": {file.path: file.digest for file in files}, "bytes": sum(file.size for file in files)}
+            self._note({"event": "bricks_restored", "rank": plan.rank, **about, "reason": why})
 
         files = [brick.file for brick in self._bricks]
         return Frozen(files, fetch, restored) if held else Frozen(files)

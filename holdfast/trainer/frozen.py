@@ -31,8 +31,8 @@ class Frozen:
     files: Sequence[BrickFile] = ()
     fetch: Callable[[BrickFile, BinaryIO], None] = _not_in_memory
     """Writes a whole file, verified, from memory. Raises: SnapshotError; OSError of the file that is written."""
-    restored: Callable[[BrickFile, str], None] = lambda file, why: None
-    """Told of each file that had to be fetched, and why."""
+    restored: Callable[[Sequence[BrickFile], str], None] = lambda files, why: None
+    """Told which files had to be fetched, and why the first of them."""
 
     def warm_up(self) -> None:
         """Read and digest every file now, so that a recovery need not. What is wrong is found again when it matters."""
@@ -55,6 +55,7 @@ class Frozen:
             moved = {parent: Path(folder, str(number)) for number, parent in enumerate(parents)}
             for file in self.files:
                 self._place(file, moved.get(Path(file.path).parent), wrong.get(file.path, ""))
+            self.restored([file for file in self.files if file.path in wrong], next(iter(wrong.values())))
             base = Path(config.base)
             tasks = [str(moved.get(Path(task), task)) for task in config.tasks]
             yield replace(config, base=str(moved.get(base.parent, base.parent) / base.name), tasks=tasks)
@@ -77,7 +78,6 @@ class Frozen:
                 f"{file.digest}): {why}. From the keepers' memory it cannot be had either: {error}. Put that file "
                 "back, and the same command goes on from the newest checkpoint"
             ) from error
-        self.restored(file, why)
 
 
 def file_digest(path: Path) -> str:
@@ -91,7 +91,7 @@ def _what_is_wrong(file: BrickFile) -> str:
     try:
         have = file_digest(Path(file.path))
     except OSError as error:
-        return f"it cannot be read: {error}"
+        return f"it cannot be read: {error.strerror or error}"
     return "" if have == file.digest else f"the file there has sha256 {have}"
 
 

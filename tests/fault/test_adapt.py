@@ -192,9 +192,9 @@ def test_a_base_that_is_lost_or_damaged_in_the_middle_of_a_run_comes_back_from_t
     assert _losses(found) == _losses(calm)
     assert _state(found) == _state(calm)
     assert found.findings["text"] == calm.findings["text"]
-    restored = events_of(found.run_dir, "brick_restored")
+    restored = events_of(found.run_dir, "bricks_restored")
     assert {event["rank"] for event in restored} == {0, 1}
-    assert {(event["path"], event["bytes"]) for event in restored} == {(str(own), base.stat().st_size)}
+    assert {(*event["files"], event["bytes"]) for event in restored} == {(str(own), base.stat().st_size)}
     assert harm is _delete or own.read_bytes() != base.read_bytes()  # what the user has is left as it is
 
 
@@ -221,7 +221,9 @@ def test_a_node_that_is_lost_together_with_all_frozen_files_gets_its_pieces_back
     assert (before["read"], before["sent"], before["coded"]) == (sum(sizes), sum(sizes), sum(pieces))
     assert after["held"] == before["held"]
     assert after["coded"] == before["coded"] + after["held"]["1"]
-    assert {event["path"] for event in events_of(found.run_dir, "brick_restored")} == set(map(str, files))
+    restored = events_of(found.run_dir, "bricks_restored")
+    assert {event["rank"] for event in restored} == {0, 1, 2}
+    assert all(event["files"].keys() == set(map(str, files)) for event in restored)
 
 
 @pytest.mark.slow

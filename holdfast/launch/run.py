@@ -290,7 +290,7 @@ class _Drive:
             },
             keeper={
                 "run_tag": self._tag,
-                "limit_bytes": validate.keeper_limit_bytes(config, validate.this_host()) - frozen,
+                "limit_bytes": max(validate.keeper_limit_bytes(config, validate.this_host()) - frozen, 0),
                 "buffers": config.snapshot.buffers,
                 "lease_s": config.recovery.lease_s,
                 "token": secrets.token_hex(16),

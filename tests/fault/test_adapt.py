@@ -198,6 +198,7 @@ def test_a_base_that_is_lost_or_damaged_in_the_middle_of_a_run_comes_back_from_t
     assert harm is _delete or own.read_bytes() != base.read_bytes()  # what the user has is left as it is
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_together_with_all_frozen_files_gets_its_pieces_back_from_the_others(
     tmp_path: Path, corpus: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

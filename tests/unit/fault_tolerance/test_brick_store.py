@@ -124,7 +124,8 @@ def test_a_new_keeper_gets_the_piece_of_the_lost_one_from_the_others(
     cluster.hold(brick)
     cluster.await_whole()
     before = cluster.piece(brick, lost)
-    Path(file.path).unlink()
+    if lost:  # whether it is there or not: the others are asked first
+        Path(file.path).unlink()
     cluster.lose(lost)
     assert cluster.fetch(brick) == _CONTENT
     cluster.start(lost)
@@ -176,6 +177,11 @@ def test_without_parity_the_pieces_are_the_file_and_come_from_the_file_again(
     cluster.await_whole()
     assert cluster.fetch(brick) == _CONTENT
     assert (cluster.status(1)["read"], cluster.status(1)["coded"]) == (brick.bytes_of(1), 0)
+    Path(file.path).unlink()
+    cluster.lose(1)
+    cluster.start(1)
+    cluster.hold(brick, is_new=False)
+    _await(lambda: bool(cluster.status(1)["failed"]))  # at once: there is nothing to wait for
 
 
 def test_a_single_node_holds_the_whole_file(cluster: _Cluster, file: BrickFile) -> None:

@@ -260,7 +260,7 @@ class BricksHeld(Event):
     held: dict[str, int]
     """Bytes by node."""
     read: int
-    """Bytes that were read from the files for it, by all keepers since they were started."""
+    """Bytes of pieces that came from the files, whose sha256 their keepers have verified; since these were started."""
     sent: int
     """Bytes that went from keeper to keeper."""
     coded: int

@@ -76,15 +76,19 @@ def _adapter(config: RunConfig, bricks: Bricks) -> str:
     adapter = config.adapter
     options = ", ".join(f"{name}={value}" for name, value in adapter.options.items())
     base = f"base {bricks.base[:8]}…{' in 4 bits' if adapter.nf4 else ''}"
-    held = brick_bytes(config, bricks.files) if adapter.in_memory else [0]
-    memory = (
-        f"up to {max(held):,} bytes of them in each keeper" if any(held) else "in no keeper (adapter.in_memory=false)"
-    )
     return (
         f"{adapter.method}({options}) learns {adapter.task} on {len(adapter.tasks)} finished tasks: "
         f"{trainable_elements(adapter, config.model):,} elements train\n"
-        f"frozen: {base} and these tasks, {bricks.size_bytes:,} bytes read from files, in no snapshot; {memory}"
+        f"frozen: {base} and these tasks, {bricks.size_bytes:,} bytes read from files, in no snapshot\n"
+        f"held in memory: {_held(config, bricks)}"
     )
+
+
+def _held(config: RunConfig, bricks: Bricks) -> str:
+    if not config.adapter.in_memory:
+        return "nothing of them (adapter.in_memory=false)"
+    held = brick_bytes(config, bricks.files)
+    return f"at most {max(held):,} bytes of them per keeper, {sum(held):,} in all, parity included"
 
 
 def _pipeline(config: RunConfig) -> str:

@@ -259,7 +259,7 @@ def _bricks_held(event: e.BricksHeld, at: str) -> Iterator[str]:
     taken = ", ".join(f"rank {rank}: {n_bytes:,}" for rank, n_bytes in event.snapshot.items())
     files = f"{_count(event.bricks, 'frozen file')}, {event.bytes:,} bytes"
     yield f"GUARD {at} the keepers hold {files}: {held}"
-    yield f"{_INDENT}once: {event.read:,} bytes read, {event.sent:,} sent, {event.coded:,} coded"
+    yield f"{_INDENT}once: {event.read:,} bytes from the files, {event.sent:,} sent on, {event.coded:,} coded"
     yield f"{_INDENT}a snapshot has none of them: {taken} bytes"
 
 

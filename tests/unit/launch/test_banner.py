@@ -82,7 +82,7 @@ def test_frozen_bytes_are_counted_where_they_are() -> None:
     assert "1,011 bytes read from files, in no snapshot" in facts["adapter"]
     held = "at most 506 bytes of them per keeper, 1,517 in all, parity included"  # 1000 / 2 and 11 / 2, rounded up
     assert facts["adapter"].endswith(held)
-    assert all(len(line) <= _COLUMNS for line in aligned(facts))
+    assert all(len(line) <= _COLUMNS for line in aligned({"adapter": facts["adapter"]}))
     off = dict(banner(_config(*words, "adapter.in_memory=false"), _RUN, 1, _STORE, _FRESH, bricks))
     assert off["adapter"].endswith("nothing of them (adapter.in_memory=false)")
 

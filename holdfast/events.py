@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 __all__ = [
+    "BricksHeld",
+    "BricksRestored",
     "CheckpointRejected",
     "CheckpointWritten",
     "EpochStarted",
@@ -246,6 +248,38 @@ class StagesMeasured(Event):
     angular_distance: dict[str, float]
     """By stage, between what goes in and what comes out, in half turns: a stage with a low one is easily replaced.
     Source: arXiv 2403.17887, section 3.2."""
+
+
+@dataclass(frozen=True, slots=True)
+class BricksHeld(Event):
+    """Every node that takes part has its pieces of the run's frozen files in memory."""
+
+    bricks: int
+    bytes: int
+    """Of the files."""
+    held: dict[str, int]
+    """Bytes by node."""
+    read: int
+    """Bytes of pieces that came from the files, whose sha256 their keepers have verified; since these were started."""
+    sent: int
+    """Bytes that went from keeper to keeper."""
+    coded: int
+    """Bytes that were computed: parity, and pieces that were lost."""
+    snapshot: dict[str, int]
+    """Bytes by rank of the newest snapshot, which holds nothing that is frozen."""
+
+
+@dataclass(frozen=True, slots=True)
+class BricksRestored(Event):
+    """Frozen files were not what the run began with, and a rank took them from the keepers' memory."""
+
+    rank: int
+    files: dict[str, str]
+    """sha256 by path."""
+    bytes: int
+    """Of all of them."""
+    reason: str
+    """What was wrong with the first of them."""
 
 
 @dataclass(frozen=True, slots=True)

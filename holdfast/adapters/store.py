@@ -33,6 +33,7 @@ __all__ = [
     "load_adapters",
     "read_sidecar",
     "save_adapters",
+    "task_files",
 ]
 
 FORMAT_VERSION = 1
@@ -91,6 +92,11 @@ def read_sidecar(directory: Path) -> Sidecar:
         return Sidecar(**read_signed(directory / _SIDECAR, format_version=FORMAT_VERSION))
     except FileNotFoundError as error:
         raise ConfigurationError(f"{directory} holds no adapters: it has no {_SIDECAR}") from error
+
+
+def task_files(directory: Path) -> tuple[Path, Path]:
+    """What :func:`save_adapters` has written there. Raises: as :func:`read_sidecar`."""
+    return directory / _SIDECAR, directory / read_sidecar(directory).tensors
 
 
 def load_adapters(model: nn.Module, directory: Path) -> Adapters:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from holdfast.configs.schema import RunConfig
+from holdfast.errors import HoldfastError
+from holdfast.fault_tolerance.bricks import BrickFile
 from holdfast.trainer.sizing import check as check_model
 
-__all__ = ["adapter_problems", "curriculum_problems", "method_problems"]
+__all__ = ["adapter_problems", "curriculum_problems", "frozen_files", "method_problems"]
 
 _OF_A_METHOD = ("options", "base", "nf4", "tasks", "task", "seen", "keep_best", "directions", "protected_directions")
 
@@ -39,6 +42,20 @@ def adapter_problems(config: RunConfig) -> Iterator[str]:
 def curriculum_problems(config: RunConfig) -> Iterator[str]:
     if config.adapter.domains:
         yield f"adapter.domains={config.adapter.domains} are learned by holdfast adapt; one run learns adapter.task"
+
+
+def frozen_files(config: RunConfig) -> list[BrickFile]:
+    """What the keepers are to hold, with paths in place of digests: only sizes are looked at. Files that cannot be
+    read are left out, because whoever reads them will say more."""
+    adapter, found = config.adapter, list[BrickFile]()
+    if not (adapter.method and adapter.base and adapter.in_memory):
+        return found
+    from holdfast.trainer.adapting import frozen_paths
+
+    with suppress(OSError, HoldfastError):
+        for name, path in frozen_paths(adapter):
+            found.append(BrickFile(name, str(path), str(path), path.stat().st_size))
+    return found
 
 
 def method_problems(config: RunConfig) -> list[str]:

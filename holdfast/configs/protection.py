@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError
-from holdfast.fault_tolerance.lanes import parity_buffers
+from holdfast.fault_tolerance.bricks import BrickFile, deal_bricks, groups_of, held_bytes
+from holdfast.fault_tolerance.lanes import make_lanes, parity_buffers
 from holdfast.fault_tolerance.placement import Grouping, make_groups
 from holdfast.parallel.pipeline_plan import replicas
 
-__all__ = ["fewer_nodes", "parity_ratio", "protection_groups", "protection_problems", "zones_of"]
+__all__ = ["brick_bytes", "fewer_nodes", "parity_ratio", "protection_groups", "protection_problems", "zones_of"]
 
 
 def zones_of(config: RunConfig) -> list[str]:
@@ -21,6 +22,13 @@ def zones_of(config: RunConfig) -> list[str]:
 def protection_groups(config: RunConfig, zones: Sequence[str]) -> Grouping:
     """Which nodes protect each other. Raises: ConfigurationError."""
     return make_groups(zones, config.snapshot.group_size, config.snapshot.parity)
+
+
+def brick_bytes(config: RunConfig, files: Sequence[BrickFile]) -> list[int]:
+    """What each node's keeper holds of frozen files."""
+    grouping = protection_groups(config, zones_of(config))
+    bricks = deal_bricks(files, groups_of(make_lanes(grouping.groups, 1, grouping.parity), 1))
+    return [held_bytes(bricks, node) for node in range(config.launch.nodes)]
 
 
 def parity_ratio(config: RunConfig) -> float:

@@ -7,7 +7,7 @@ import contextlib
 import math
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from holdfast import knobs
-from holdfast.configs.adapter_rules import adapter_problems, curriculum_problems, method_problems
+from holdfast.configs.adapter_rules import adapter_problems, curriculum_problems, frozen_files, method_problems
 from holdfast.configs.layout import (
     pipeline_plan,
     pipeline_problems,
@@ -26,10 +26,11 @@ from holdfast.configs.layout import (
 )
 from holdfast.configs.options import enum_of, kinds
 from holdfast.configs.plain import from_plain, to_plain
-from holdfast.configs.protection import fewer_nodes, parity_ratio, protection_problems
+from holdfast.configs.protection import brick_bytes, fewer_nodes, parity_ratio, protection_problems
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError, SnapshotError
 from holdfast.fault_tolerance.board import MAX_BUFFERS
+from holdfast.fault_tolerance.bricks import BrickFile
 from holdfast.fault_tolerance.chaos import ChaosFault, parse, parse_all
 from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
@@ -70,18 +71,21 @@ def this_host() -> Host:
 
 def refuse_bad(config: RunConfig) -> None:
     """Raises: ConfigurationError with everything that is wrong with ``config`` on this machine."""
-    problems = check(config, this_host()) + _missing_files(config) or _unusable_storage(config)
+    problems = check(config, this_host(), frozen_files) + _missing_files(config) or _unusable_storage(config)
     if problems:
         raise ConfigurationError(problems)
 
 
-def check(config: RunConfig, host: Host) -> list[str]:
-    """Everything that is wrong with ``config``, one sentence each; empty when the run may start. Pure."""
+def check(
+    config: RunConfig, host: Host, frozen: Callable[[RunConfig], Sequence[BrickFile]] = lambda config: ()
+) -> list[str]:
+    """Everything that is wrong with ``config``, one sentence each; empty when the run may start. Pure, but for
+    ``frozen``, which says how long the files are that keepers have to hold besides snapshots."""
     wrong_types = _type_problems(config)
     if wrong_types:
         return wrong_types  # nothing else can be judged
     return [problem for part in _PARTS for problem in part(config)] + [
-        *_memory_problems(config, host),
+        *_memory_problems(config, host, frozen),
         *_bandwidth_problems(config),
     ]
 
@@ -450,23 +454,25 @@ def _is_one_host(config: RunConfig, host: Host) -> bool:
     return config.launch.kind is LaunchKind.PROCESS or not (config.launch.address or host.ray_address)
 
 
-def _memory_problems(config: RunConfig, host: Host) -> list[str]:
+def _memory_problems(config: RunConfig, host: Host, frozen: Callable[[RunConfig], Sequence[BrickFile]]) -> list[str]:
     """Refused here, snapshots cannot end a run hours later. On a cluster only the user's own limit is known."""
     if check_model(config.model) or check_optim(config.optim) or world(config) < 1 or any(protection_problems(config)):
         return []  # reported already
-    per_node = math.ceil(state_bytes(config) * _buffers(config)) * config.launch.workers_per_node
+    own, held = math.ceil(state_bytes(config) * _buffers(config)), brick_bytes(config, frozen(config))
+    per_node = own * config.launch.workers_per_node + max(held)
+    everywhere = own * world(config) + sum(held)
     limit_gb, is_one_host = config.snapshot.memory_limit_gb, _is_one_host(config, host)
     problems = []
     if limit_gb > 0 and per_node > keeper_limit_bytes(config, host):
         problems.append(
             f"snapshot.memory_limit_gb={limit_gb} must be at least {math.ceil(per_node / _GB * 100) / 100}: "
-            f"{_need(config)} take {per_node:,} bytes per node"
+            f"{_need(config, max(held))} take {per_node:,} bytes per node"
         )
     allowed = host.free_bytes if limit_gb > 0 else host.free_bytes // 2
-    if is_one_host and per_node * config.launch.nodes > allowed:
+    if is_one_host and everywhere > allowed:
         share = "" if limit_gb > 0 else "half of "
         problems.append(
-            f"snapshots need {per_node * config.launch.nodes:,} bytes of host memory ({_need(config)} on "
+            f"snapshots need {everywhere:,} bytes of host memory ({_need(config, max(held))} on "
             f"launch.nodes={config.launch.nodes}), and {share}the {host.free_bytes:,} bytes that are free "
             f"{'are' if limit_gb > 0 else 'is'} not enough; {_way_out(config)}"
         )
@@ -497,13 +503,14 @@ def _buffers(config: RunConfig) -> float:
     return own * (1 + growth) + (nodes - fewer) / fewer
 
 
-def _need(config: RunConfig) -> str:
+def _need(config: RunConfig, frozen_bytes: int) -> str:
     fewer = next(iter(fewer_nodes(config)), 0)
     twice = f"; and room to go on with {fewer} nodes (recovery.shrink_after_s)" if fewer else ""
+    frozen = f"; and {frozen_bytes:,} bytes per node of frozen files (adapter.in_memory)" if frozen_bytes else ""
     return (
         f"snapshot.buffers={config.snapshot.buffers} of {state_bytes(config):,} bytes, and {parity_ratio(config):.3g} "
         f"more for parity={config.snapshot.parity}, for each of launch.workers_per_node="
-        f"{config.launch.workers_per_node} ranks{twice}"
+        f"{config.launch.workers_per_node} ranks{twice}{frozen}"
     )
 
 
@@ -515,6 +522,8 @@ def _way_out(config: RunConfig) -> str:
         ways.append(f"keep 8-bit moments with optim={config.optim.name.value}8bit")
     if config.snapshot.buffers > 3:
         ways.append("lower snapshot.buffers to 3")
+    if config.adapter.method and config.adapter.in_memory:
+        ways.append("leave the frozen files to the storage alone with adapter.in_memory=false")
     if config.snapshot.memory_limit_gb == 0:
         ways.append("set snapshot.memory_limit_gb to use more than half")
     return ", ".join(ways[:-1]) + " or " + ways[-1] if len(ways) > 1 else ways[0]

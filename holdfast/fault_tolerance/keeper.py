@@ -22,6 +22,8 @@ from holdfast.clock import Clock
 from holdfast.errors import InvariantViolation, ManifestMismatch, SnapshotError
 from holdfast.fault_tolerance import chaos, strikes
 from holdfast.fault_tolerance.arena import Arena
+from holdfast.fault_tolerance.brick_store import BrickStore
+from holdfast.fault_tolerance.bricks import Brick
 from holdfast.fault_tolerance.buffer import BufferState
 from holdfast.fault_tolerance.checkpoint import read_rank, write_rank
 from holdfast.fault_tolerance.commit import CommitRecord
@@ -70,6 +72,11 @@ class KeeperApi(Protocol):
 
     def begin(self, plan: Json, outcome: Json) -> None:
         """An epoch starts: commit and protect its versions together with the other keepers, see ``ProtectionPlan``."""
+        ...
+
+    def hold_bricks(self, bricks: Sequence[Json], addresses: Mapping[str, str], is_new: bool) -> None:
+        """An epoch has started: take in this node's pieces of frozen files, each a ``Brick``, in the background;
+        ``addresses`` are the keepers' by node, and ``is_new`` says that none has been asked before."""
         ...
 
     def rebuild(self, rank: int, record: Json, plan: Json, lost: Sequence[int]) -> int:
@@ -153,7 +160,8 @@ class Keeper:
             find=self._holdings.of,
             let_go=self._holdings.drop_former,
         )
-        self._links.serve(self._protector)
+        self._bricks = BrickStore(node, self._links)
+        self._links.serve(self._protector, self._bricks)
 
     # -- the node -------------------------------------------------------------------------------------------------
 
@@ -182,6 +190,7 @@ class Keeper:
             "roster": self._holdings.roster,
             "ranks": ranks,
             "protection": asdict(self._protector.status),
+            "bricks": self._bricks.status,
         }
 
     def fence(self, epoch: int) -> None:
@@ -196,6 +205,10 @@ class Keeper:
         found = ProtectionPlan.from_json(plan)
         self._links.connect(found.addresses)
         self._protector.begin(found, cast(Outcome, from_json(outcome)))
+
+    def hold_bricks(self, bricks: Sequence[Json], addresses: Mapping[str, str], is_new: bool) -> None:
+        self._links.connect({int(node): address for node, address in addresses.items()})
+        self._bricks.hold([Brick.from_json(brick) for brick in bricks], is_new=is_new)
 
     def rebuild(self, rank: int, record: Json, plan: Json, lost: Sequence[int]) -> int:
         number, found = self._plans, cast(CommitRecord, from_json(record))
@@ -245,6 +258,7 @@ class Keeper:
 
     def close(self) -> None:
         """Free all memory that no worker has mapped."""
+        self._bricks.close()
         self._protector.close()
         self._links.close()
         self._holdings.close()
@@ -379,7 +393,13 @@ def _seen(arena: Arena, since: int) -> Json:
         "reports": [asdict(report) for report in reports],
         "next_seq": next_seq,
         "versions": [
-            {"version": slot.version, "epoch": slot.epoch, "state": slot.state.name, "kept": slot.is_kept}
+            {
+                "version": slot.version,
+                "epoch": slot.epoch,
+                "state": slot.state.name,
+                "kept": slot.is_kept,
+                "bytes": slot.data_bytes + slot.manifest_bytes,
+            }
             for slot in slots
         ],
     }

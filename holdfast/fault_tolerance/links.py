@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from holdfast.errors import PeerError, SnapshotError
+from holdfast.fault_tolerance.brick_store import BrickStore
 from holdfast.fault_tolerance.buffer import Bytes
 from holdfast.fault_tolerance.peers import Bulk, PeerClient, PeerServer
 from holdfast.fault_tolerance.protector import Protector
@@ -37,13 +38,17 @@ class PeerLinks:
         """Where peers reach this keeper; empty without a token."""
         return "" if self._server is None else self._server.address
 
-    def serve(self, protector: Protector) -> None:
+    def serve(self, protector: Protector, bricks: BrickStore) -> None:
         """Answer peers from now on."""
+
+        def owner(request: Mapping[str, Any]) -> Protector | BrickStore:
+            return bricks if request["what"] == "brick" else protector
+
         if self._token:
             handlers = {
                 "say": lambda message, _: protector.hear(message),
-                "fetch": lambda request, _: Bulk(None, [protector.serve(request).data]),
-                "examine": lambda request, _: protector.examine(request),
+                "fetch": lambda request, _: Bulk(None, [owner(request).serve(request).data]),
+                "examine": lambda request, _: owner(request).examine(request),
             }
             self._server = PeerServer(self._token, handlers)
 
@@ -64,11 +69,14 @@ class PeerLinks:
             peer.say(message)
 
     def fetch(self, node: int, request: Mapping[str, object], into: Bytes) -> None:
-        """Bulk bytes; ``request`` as ``Protector.serve`` understands it. Raises: SnapshotError."""
+        """Bulk bytes; ``request`` as ``serve`` of :class:`Protector` or :class:`BrickStore` understands it.
+
+        Raises: SnapshotError.
+        """
         self._peer(node).request("fetch", request, _FETCH_S, into=into.data)
 
     def ask(self, node: int, request: Mapping[str, object]) -> Sequence[str]:
-        """What is wrong with a peer's copy, see ``Protector.examine``. Raises: SnapshotError."""
+        """What is wrong with a peer's copy, see ``examine`` of the same. Raises: SnapshotError."""
         return cast(Sequence[str], self._peer(node).request("examine", request, _EXAMINE_S))
 
     def slow_down(self, bytes_per_s: float, seconds: float) -> None:

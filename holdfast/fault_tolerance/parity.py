@@ -23,7 +23,7 @@ from holdfast.fault_tolerance.commit import CommitRecord, Key, ParityBlock, Part
 from holdfast.fault_tolerance.lanes import PARITY_SLOTS, Lane
 from holdfast.fault_tolerance.stripes import StripeLayout
 
-__all__ = ["ParityStore", "Reader", "encode", "rebuild"]
+__all__ = ["ParityStore", "Reader", "encode", "real_memory", "rebuild"]
 
 _CHUNK_BYTES = erasure.CHUNK_BYTES
 _PATIENCE_S = 120.0
@@ -52,14 +52,20 @@ class _Slot:
 
     def grow(self, size: int) -> None:
         """Real memory, so that nothing can be lacking in the middle of a version."""
-        if size <= self.memory.size:
-            return
-        fd = os.memfd_create("holdfast-parity", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(fd, 0, size)
-            self.memory = np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8)
-        finally:
-            os.close(fd)  # the mapping keeps the memory
+        if size > self.memory.size:
+            self.memory = real_memory(size, "holdfast-parity")
+
+
+def real_memory(size: int, name: str) -> Bytes:
+    """That is there, and not only promised, uint8 [size]. Raises: OSError."""
+    if not size:
+        return np.empty(0, dtype=np.uint8)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        return np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8)
+    finally:
+        os.close(fd)  # the mapping keeps the memory
 
 
 class ParityStore:

@@ -32,7 +32,7 @@ from holdfast.fault_tolerance.manifest import Manifest, clear_gaps, damaged_slic
 from holdfast.fault_tolerance.parity import ParityStore, encode, rebuild
 from holdfast.fault_tolerance.rotation import choose_target
 
-__all__ = ["Links", "ProtectionPlan", "Protector", "Status"]
+__all__ = ["Links", "ProtectionPlan", "Protector", "Status", "go_last"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,8 @@ class Protector:
         self._filled_last, self._filled_s, self._pause_s = -1, time.monotonic(), _POLL_S
         self._lock = threading.RLock()
         self._is_closed = threading.Event()
-        self._encoder = ThreadPoolExecutor(1, "encode", initializer=_go_last)
-        self._readers = ThreadPoolExecutor(_READERS, "read", initializer=_go_last)
+        self._encoder = ThreadPoolExecutor(1, "encode", initializer=go_last)
+        self._readers = ThreadPoolExecutor(_READERS, "read", initializer=go_last)
         threading.Thread(target=self._watch, name="protector", daemon=True).start()
 
     # -- from the driver, between epochs --------------------------------------------------------------------------
@@ -469,8 +469,8 @@ class _Reader:
             self._protector._links.fetch(node, full, into)
 
 
-def _go_last() -> None:
-    """Encoding must not take the processor from anybody. On Linux a thread has a niceness of its own."""
+def go_last() -> None:
+    """For threads: encoding must not take the processor from anybody. On Linux a thread has a niceness of its own."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 

@@ -91,7 +91,7 @@ def _digest(config: RunConfig, base: str) -> str:
     """What makes one curriculum of it."""
     about = {**to_plain(config), "base": base}
     kept = {key: about[key] for key in ("seed", "trainer", "model", "adapter", "optim", "base")}
-    apart = ("base", "router_prompts")  # a brick, and what is trained when all domains are learned
+    apart = ("base", "in_memory", "router_prompts")  # where things are, and what is trained when all is learned
     kept["adapter"] = {name: value for name, value in dict(about["adapter"]).items() if name not in apart}  # type: ignore[call-overload]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 

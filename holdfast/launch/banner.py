@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from holdfast import knobs
 from holdfast.configs import layout, validate
+from holdfast.configs.protection import brick_bytes
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.launch.identity import versions
 from holdfast.launch.resume import checkpoints_uri
@@ -78,8 +79,16 @@ def _adapter(config: RunConfig, bricks: Bricks) -> str:
     return (
         f"{adapter.method}({options}) learns {adapter.task} on {len(adapter.tasks)} finished tasks: "
         f"{trainable_elements(adapter, config.model):,} elements train\n"
-        f"frozen: {base} and these tasks, {size(bricks.size_bytes)} read from files, in no snapshot"
+        f"frozen: {base} and these tasks, {bricks.size_bytes:,} bytes read from files, in no snapshot\n"
+        f"held in memory: {_held(config, bricks)}"
     )
+
+
+def _held(config: RunConfig, bricks: Bricks) -> str:
+    if not config.adapter.in_memory:
+        return "nothing of them (adapter.in_memory=false)"
+    held = brick_bytes(config, bricks.files)
+    return f"at most {max(held):,} bytes of them per keeper, {sum(held):,} in all, parity included"
 
 
 def _pipeline(config: RunConfig) -> str:

@@ -12,6 +12,7 @@ from holdfast.clock import Clock
 from holdfast.configs.schema import RunConfig
 from holdfast.events import EventSink, ProtectionFailed, RecoveryDone, StagesMeasured
 from holdfast.fault_tolerance import messages as m
+from holdfast.fault_tolerance.bricks import Brick
 from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
 from holdfast.fault_tolerance.policy import DO_NOT_RESTART
@@ -20,6 +21,7 @@ from holdfast.launch.calls import LOST, NO_ANSWER, Calls, Gathered
 from holdfast.launch.crew import Crew, ProcessSpecs, keeper_address, worker_address
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
+from holdfast.launch.frozen import FrozenFiles
 from holdfast.launch.injection import Injector
 from holdfast.launch.notes import Notes
 from holdfast.launch.protection import Protection
@@ -76,6 +78,7 @@ class Conductor:
         events: EventSink,
         on_step: Callable[[StepReport], None],
         clock: Clock,
+        bricks: Sequence[Brick] = (),
     ) -> None:
         self._config, self._fleet, self._supervisor, self._specs = config, fleet, supervisor, specs
         self._durable, self._run_dir, self._events, self._clock = durable, run_dir, events, clock
@@ -83,6 +86,7 @@ class Conductor:
         self._pulse = Pulse(
             self._calls, interval_s=_PULSE_S, silence_s=config.recovery.suspect_after_s, on_step=on_step
         )
+        self._frozen = FrozenFiles(bricks, self._calls, events, self._pulse)
         everybody = layout.roster(0, range(layout.nodes))
         self._crew = Crew(fleet, self._calls, specs)
         self._notes = Notes(self._calls, events, self._measured)
@@ -178,6 +182,7 @@ class Conductor:
             self._events.emit(ProtectionFailed(*self._pulse.unprotected.pop(0)))
         for epoch, version in self._pulse.committed():
             self._tell(m.Protected(epoch, version))
+        self._frozen.tell_news(self._roster.world)
         now = self._clock.now()
         if self._supervisor.state is State.RUNNING:  # a recovery needs the storage, and may turn against the version
             end = now + self._config.recovery.step_timeout_s
@@ -396,6 +401,9 @@ class Conductor:
         checkpoints = self._durable.uri if action.from_storage else ""
         self._rebuilt = () if action.rebuild is None else action.rebuild.ranks
         whole = EpochPlan(action.epoch, -1, len(action.members), action.version, path, checkpoints)
+        keepers = self._protection.addresses(self._crew.keepers)
+        if self._frozen.exist:
+            whole = replace(whole, keepers={str(node): at for node, at in keepers.items()}, token=self._token)
 
         def begin() -> None:
             for member in action.members:
@@ -403,6 +411,7 @@ class Conductor:
                 self._calls.ask(
                     worker_address(member.worker), "run_epoch", asdict(plan), then=self._parked(member, plan)
                 )
+            self._frozen.hold(keepers)
 
         def failed(answer: Completion) -> None:
             begin()  # to the supervisor everybody is in the epoch; only who has been sent there can leave it
@@ -426,7 +435,11 @@ class Conductor:
         if source is None:
             return replace(whole, rank=rank)
         held = {str(other): asdict(part) for other, part in self._protection.parts(source).items()}
-        return replace(whole, rank=rank, held=held, token=str(self._specs.keeper["token"]))
+        return replace(whole, rank=rank, held=held, token=self._token)
+
+    @property
+    def _token(self) -> str:
+        return str(self._specs.keeper["token"])
 
     def _measured(self, event: StagesMeasured) -> None:
         angles = {int(stage): angle for stage, angle in event.angular_distance.items()}
@@ -455,7 +468,7 @@ class Conductor:
     def _announce(self, action: m.Announce) -> None:
         self._events.emit(action.event)
         if isinstance(action.event, RecoveryDone):
-            for rank in self._rebuilt:
+            for rank in self._crew.workers_of_ranks if self._frozen.exist else self._rebuilt:
                 if (worker := self._crew.workers_of_ranks.get(rank)) is not None:
                     self._notes.fetch(worker)
             self._rebuilt = ()

@@ -45,6 +45,7 @@ FREE_KEYS: Mapping[str, str] = {
     "trainer.prompt": "what is shown",
     "adapter.base": "where the frozen weights are; they have a digest of their own",
     "adapter.tasks": "where the finished tasks are; each has a digest of its own",
+    "adapter.in_memory": "where copies of the frozen files are",
     "adapter.seen": "evaluation changes no state",
     "adapter.directions": "where they are; the file has a digest of its own",
     "adapter.protected_directions": "how the file of directions is made",

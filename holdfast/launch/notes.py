@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from holdfast.events import (
+    BricksRestored,
     Evaluated,
     Event,
     EventSink,
@@ -25,6 +26,7 @@ _DRAIN_S = 1.0
 """Between two times that they are fetched."""
 
 _KINDS: Mapping[str, Callable[..., Event]] = {
+    "bricks_restored": BricksRestored,
     "evaluated": Evaluated,
     "snapshot_failed": SnapshotFailed,
     "stage_healed": StageHealed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -55,6 +55,10 @@ class Protection:
     def reached_at(self, node: int, address: str) -> None:
         """A keeper has started."""
         self._addresses[node] = address
+
+    def addresses(self, nodes: Collection[int]) -> dict[int, str]:
+        """Where the keepers of these nodes are reached."""
+        return {node: address for node, address in sorted(self._addresses.items()) if node in nodes}
 
     def take(self, inventories: Mapping[int, Mapping[str, Any]]) -> None:
         """What the keepers of all nodes have told."""

@@ -38,7 +38,9 @@ class EpochPlan:
     repairs: Sequence[Mapping[str, object]] = ()
     """Fields of the ``StageRepair`` of every rank that makes its state from ``held``; the others read their own."""
     token: str = ""
-    """By which the keepers that are asked for it know who may ask."""
+    """By which the keepers that are asked for anything know who may ask."""
+    keepers: Mapping[str, str] = field(default_factory=dict)
+    """Address of the keeper of each node that may hold pieces of frozen files; none for a run without them."""
 
 
 def describe_error(error: BaseException) -> str:

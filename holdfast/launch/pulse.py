@@ -40,6 +40,8 @@ class Pulse:
         """Newest sign of life by rank, in the driver's clock."""
         self.versions: dict[int, list[Mapping[str, Any]]] = {}
         """Complete versions in memory by rank, as of the last pulse."""
+        self.bricks: dict[int, Mapping[str, Any]] = {}
+        """What each node has of the run's frozen files, see ``BrickStore.status``; nothing in a run without them."""
         self.heard_s: dict[int, float] = {}
         """When the newest pulse that was answered had been asked for, by node."""
         self.silent: list[tuple[int, str]] = []
@@ -94,6 +96,8 @@ class Pulse:
             # CLOCK_MONOTONIC differs between hosts: carry over ages, not instants. The time of asking errs on
             # the side of an older beat by one round trip at most.
             self._note_protection(node, pulse["protection"])
+            if pulse.get("bricks"):
+                self.bricks[node] = pulse["bricks"]
             for rank, seen in pulse["ranks"].items() if pulse["roster"] == self._roster else ():
                 self._asked_s[int(rank)] = asked_s
                 self._note(int(rank), seen, asked_s - float(pulse["now"]))

@@ -25,6 +25,7 @@ from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError, HoldfastError, SnapshotError
 from holdfast.events import Evaluated, Event, EventSink, FaultDetected, Generated, Protection, RunEnded, RunStarted
 from holdfast.fault_tolerance import checkpoint
+from holdfast.fault_tolerance.bricks import Brick, BrickFile, deal_bricks, groups_of, held_bytes
 from holdfast.fault_tolerance.lanes import make_lanes
 from holdfast.fault_tolerance.machine import Layout, Supervisor
 from holdfast.fault_tolerance.protection import REDUCED
@@ -103,6 +104,10 @@ class _Material:
     store: TokenStore
     seen: Mapping[str, TokenStore]
     bricks: Bricks | None
+
+    @property
+    def frozen(self) -> Sequence[BrickFile]:
+        return () if self.bricks is None else self.bricks.files
 
     @property
     def digests(self) -> dict[str, object]:
@@ -224,6 +229,7 @@ class _Drive:
     def _conductor(self, fleet: Fleet, sinks: _Sinks) -> Conductor:
         config, clock = self._config, SystemClock()
         layout = self._layout(fleet, sinks)
+        bricks = self._bricks(layout)
         durable = DurableTier(
             checkpoints_uri(config, self._run_dir),
             config.snapshot,
@@ -237,13 +243,22 @@ class _Drive:
             fleet=fleet,
             supervisor=Supervisor(layout, config.recovery, now=clock.now()),
             layout=layout,
-            specs=self._specs(),
+            specs=self._specs(bricks),
             durable=durable,
             run_dir=self._run_dir.path,
             events=sinks,
             on_step=sinks.step,
             clock=clock,
+            bricks=[brick for brick in bricks.values() if brick.nodes],
         )
+
+    def _bricks(self, layout: Layout) -> Mapping[str, Brick]:
+        """What is frozen by its digest, and who holds it."""
+        files, config = self._material.frozen, self._config
+        if not config.adapter.in_memory:
+            return {file.digest: Brick(file) for file in files}
+        dealt = deal_bricks(files, groups_of(layout.lanes, config.launch.workers_per_node))
+        return {brick.file.digest: brick for brick in dealt}
 
     def _layout(self, fleet: Fleet, sinks: EventSink) -> Layout:
         """Where everything goes; says what nodes that protect each other have in common."""
@@ -266,8 +281,9 @@ class _Drive:
             batch_parts=config.trainer.global_batch // config.trainer.micro_batch,
         )
 
-    def _specs(self) -> ProcessSpecs:
+    def _specs(self, bricks: Mapping[str, Brick]) -> ProcessSpecs:
         config = self._config
+        frozen = max(held_bytes(list(bricks.values()), node) for node in range(config.launch.nodes))
         return ProcessSpecs(
             worker={
                 "config": self._plain,
@@ -275,13 +291,12 @@ class _Drive:
                 "attempt": self._attempt,
                 "store": str(self._material.store.path),
                 "seen": {name: str(store.path) for name, store in self._material.seen.items()},
-                "base_digest": self._material.bricks.base if self._material.bricks else "",
-                "directions_digest": self._material.bricks.directions if self._material.bricks else "",
+                "bricks": [asdict(replace(bricks[file.digest], file=file)) for file in self._material.frozen],
                 "config_digest": self._digest,
             },
             keeper={
                 "run_tag": self._tag,
-                "limit_bytes": validate.keeper_limit_bytes(config, validate.this_host()),
+                "limit_bytes": max(validate.keeper_limit_bytes(config, validate.this_host()) - frozen, 0),
                 "buffers": config.snapshot.buffers,
                 "lease_s": config.recovery.lease_s,
                 "token": secrets.token_hex(16),

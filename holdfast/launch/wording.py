@@ -255,6 +255,22 @@ def _stages(event: e.StagesMeasured, at: str) -> Iterator[str]:
         yield f"STAGE {at} step {event.step:,}: angular distance of stages {angles}; a low one is easily replaced"
 
 
+def _bricks_held(event: e.BricksHeld, at: str) -> Iterator[str]:
+    held = ", ".join(f"node {node}: {n_bytes:,}" for node, n_bytes in event.held.items())
+    taken = ", ".join(f"rank {rank}: {n_bytes:,}" for rank, n_bytes in event.snapshot.items())
+    files = f"{_count(event.bricks, 'frozen file')}, {event.bytes:,} bytes"
+    yield f"GUARD {at} the keepers hold {files}: {held}"
+    yield f"{_INDENT}once: {event.read:,} bytes from the files, {event.sent:,} sent on, {event.coded:,} coded"
+    yield f"{_INDENT}a snapshot has none of them: {taken} bytes"
+
+
+def _bricks_restored(event: e.BricksRestored, at: str) -> Iterator[str]:
+    first, digest = next(iter(event.files.items()))
+    files = f"{_count(len(event.files), 'frozen file')}, {size(event.bytes)},"
+    yield f"GUARD {at} rank {event.rank} took {files} from the keepers' memory"
+    yield f"{_INDENT}{first} (sha256 {digest[:8]}…): {event.reason}"
+
+
 def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
     yield f"STOP  {at} {event.reason}"
 
@@ -279,6 +295,8 @@ _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.StageRebuilt: _rebuilt,
     e.StagesMeasured: _stages,
     e.Generated: _generated,
+    e.BricksHeld: _bricks_held,
+    e.BricksRestored: _bricks_restored,
     e.StopRequested: _stop,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import math
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -23,9 +24,12 @@ from holdfast.configs.schema import RunConfig
 from holdfast.errors import Abort, CollectiveBroken, PeerError, ShardCorrupt, SnapshotError
 from holdfast.fault_tolerance import chaos, strikes
 from holdfast.fault_tolerance.arena import Arena, ArenaRef
+from holdfast.fault_tolerance.brick_store import fetch_brick
+from holdfast.fault_tolerance.bricks import Brick, BrickFile
 from holdfast.fault_tolerance.damage import flip_snapshot
 from holdfast.fault_tolerance.held_shards import HeldPart
 from holdfast.fault_tolerance.ledger import Ledger
+from holdfast.fault_tolerance.links import PeerLinks
 from holdfast.fault_tolerance.messages import Outcome
 from holdfast.fault_tolerance.resharding import HeldSnapshot, StoredCheckpoint
 from holdfast.fault_tolerance.snapshot import ArenaSnapshotter, copy_versions, required_bytes
@@ -38,6 +42,7 @@ from holdfast.launch.protocol import EpochPlan, describe_error
 from holdfast.launch.watch import BoardWatcher, Heart, StuckWitness
 from holdfast.parallel.comms import TorchCommunicator, broken_collective
 from holdfast.trainer.build import Job, RankRun
+from holdfast.trainer.frozen import Frozen
 from holdfast.trainer.loop import Ending, Restorer
 from holdfast.trainer.model import RESIDUAL_OUTPUTS
 from holdfast.trainer.stage_healing import Boundaries
@@ -51,6 +56,8 @@ logger = logging.getLogger(__name__)
 _UPDATE_GRACE_S = 0.5
 """For an update that is under way, when all ranks are alive."""
 _UNWOKEN_S, _LOOK_S = 3.0, 0.05
+_NO_NODE = -1
+"""Among keepers; a worker only asks."""
 
 
 class WorkerHost:
@@ -63,10 +70,9 @@ class WorkerHost:
             self._config,
             str(spec["store"]),
             str(self._run_dir / "export"),
-            base_digest=str(spec["base_digest"]),
-            directions_digest=str(spec["directions_digest"]),
             seen=cast(Mapping[str, str], spec["seen"]),
         )
+        self._bricks = [Brick.from_json(brick) for brick in cast(Sequence[Mapping[str, Any]], spec["bricks"])]
         self._config_digest = str(spec["config_digest"])
         torch.set_num_threads(self._config.launch.threads_per_worker)  # of any fleet: results depend on it to the bit
         recovery = self._config.recovery
@@ -96,6 +102,7 @@ class WorkerHost:
         """Do everything once that takes long the first time, so that a spare is warm."""
         TokenStore.open(self._job.store)
         self._job.rehearse()
+        Frozen([brick.file for brick in self._bricks]).warm_up()
         gc.collect()
         gc.freeze()  # leaving an epoch collects garbage; it need not look through all of torch and DeepSpeed for it
         return {"pid": os.getpid(), "host": socket.gethostname()}
@@ -223,7 +230,14 @@ class WorkerHost:
         watcher.enter(Phase.BUILD, max(plan.version, 0))
         snapshots = self._snapshots(plan, self._arena)
         run = RankRun(
-            self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._note, boundaries=self._boundaries
+            self._job,
+            comm,
+            snapshots,
+            watcher,
+            epoch=plan.epoch,
+            note=self._note,
+            boundaries=self._boundaries,
+            frozen=self._frozen(plan),
         )
         laps.end("build")
         try:
@@ -255,6 +269,22 @@ class WorkerHost:
             if not any(slot.is_complete and slot.version == self._live for slot in self._arena.slots()):
                 self._live = -1
             run.close()
+
+    def _frozen(self, plan: EpochPlan) -> Frozen:
+        """The files that the run reads, which the keepers hold too."""
+        held = {brick.file.digest: brick for brick in self._bricks if brick.nodes}
+
+        def fetch(file: BrickFile, out: BinaryIO) -> None:
+            with contextlib.closing(PeerLinks(_NO_NODE, plan.token)) as links:
+                links.connect({int(node): address for node, address in plan.keepers.items()})
+                fetch_brick(held[file.digest], links, out)
+
+        def restored(files: Sequence[BrickFile], why: str) -> None:
+            about = {"files": {file.path: file.digest for file in files}, "bytes": sum(file.size for file in files)}
+            self._note({"event": "bricks_restored", "rank": plan.rank, **about, "reason": why})
+
+        files = [brick.file for brick in self._bricks]
+        return Frozen(files, fetch, restored) if held else Frozen(files)
 
     def _snapshots(self, plan: EpochPlan, arena: Arena) -> ArenaSnapshotter:
         snapshot = self._config.snapshot

@@ -6,10 +6,8 @@ gradient, no optimizer and no snapshot: what recovery restores is the task, put 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,12 @@ from torch import Tensor, nn
 
 from holdfast import adapters
 from holdfast.adapters.methods.brainstacks import protect
+from holdfast.adapters.store import task_files
 from holdfast.adapters.targets import ALL_LINEAR
-from holdfast.errors import ConfigurationError, HoldfastError
+from holdfast.errors import ConfigurationError, HoldfastError, ManifestMismatch
+from holdfast.fault_tolerance.bricks import BrickFile
 from holdfast.trainer.config import AdapterConfig, ModelConfig
+from holdfast.trainer.frozen import Frozen, file_digest
 from holdfast.trainer.model import Decoder
 from holdfast.types import Precision
 
@@ -31,14 +32,12 @@ __all__ = [
     "Bricks",
     "adapted_base",
     "find_bricks",
+    "frozen_paths",
     "problems_of",
     "protected_side",
     "protected_widths",
     "trainable_elements",
-    "verify_base",
 ]
-
-_CHUNK_BYTES = 1 << 20
 
 Inputs = Iterable[tuple[Tensor, Tensor]]
 """Tokens and targets, int64 [B, T]."""
@@ -50,7 +49,7 @@ class Bricks:
 
     base: str
     tasks: Sequence[str]
-    size_bytes: int
+    files: Sequence[BrickFile]
     directions: str = ""
     """Empty if the task stays out of none."""
 
@@ -58,6 +57,10 @@ class Bricks:
     def digests(self) -> list[str]:
         """Of all of them."""
         return [self.base, *self.tasks, *([self.directions] if self.directions else [])]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +70,9 @@ class AdapterTask:
     config: AdapterConfig
     model: ModelConfig
     seed: int
-    base_digest: str
+    frozen: Frozen
     inputs: Callable[[], Inputs]
     """Some text of the task, the same on every rank: for methods that look at it before they start and end."""
-    directions_digest: str = ""
-    """Of the file that ``config.directions`` names, if it does."""
 
     def begin(self, device: torch.device, precision: Precision = Precision.FP32) -> Decoder:
         """The base with the finished tasks and, untrained, this one. Parameters are fp32, as an engine takes them;
@@ -79,11 +80,13 @@ class AdapterTask:
 
         Raises: ConfigurationError and ManifestMismatch for files that are not there, damaged, or of something else.
         """
-        decoder = adapted_base(self.config, self.model, self.base_digest).to(device)
+        with self.frozen.at_hand(self.config) as config:
+            decoder = adapted_base(config, self.model).to(device)
+            directions = _read_directions(Path(config.directions)) if config.directions else {}
         self._collect(decoder)
         adapters.start_task(decoder, self.config.task, seed=self.seed)
-        if self.config.directions:
-            protect(decoder, _read_directions(Path(self.config.directions), self.directions_digest))
+        if directions:
+            protect(decoder, directions)
         if precision is Precision.BF16:
             _round_buffers(decoder, torch.bfloat16)
         decoder.register_forward_hook(_add_penalty)
@@ -125,7 +128,8 @@ class AdapterTask:
 
 def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "") -> Decoder:
     """The base with all of its finished tasks, on the CPU. Raises: as :meth:`AdapterTask.begin`."""
-    verify_base(config, base_digest)
+    if base_digest and file_digest(Path(config.base)) != base_digest:
+        raise ConfigurationError(f"adapter.base={config.base!r} is not the file that the run began with; put it back")
     decoder = Decoder(model)
     try:
         decoder.load_state_dict(safetensors.torch.load_file(config.base))
@@ -140,13 +144,6 @@ def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "
     return decoder
 
 
-def verify_base(config: AdapterConfig, digest: str) -> None:
-    """Reads the whole file, once per process. Raises: ConfigurationError if it has another sha256, unless that is
-    empty."""
-    if digest and _file_digest(Path(config.base)) != digest:
-        raise ConfigurationError(f"adapter.base={config.base!r} is not the file that the run began with; put it back")
-
-
 def find_bricks(config: AdapterConfig) -> Bricks:
     """What the run will read. Raises: ConfigurationError for files that are missing and for a task that is finished,
     ManifestMismatch for damage."""
@@ -158,13 +155,29 @@ def find_bricks(config: AdapterConfig) -> Bricks:
         raise ConfigurationError(
             f"adapter.task={config.task!r} is among the finished adapter.tasks; give it another name"
         )
-    if config.directions and not Path(config.directions).is_file():
-        raise ConfigurationError(f"adapter.directions={config.directions!r} is no file; put it back")
-    files = [base, *(task / sidecar.tensors for task, sidecar in zip(tasks, sidecars, strict=True))]
-    files += [Path(config.directions)] if config.directions else []
-    directions = _file_digest(Path(config.directions)) if config.directions else ""
-    size_bytes = sum(file.stat().st_size for file in files)
-    return Bricks(_file_digest(base), [sidecar.digest for sidecar in sidecars], size_bytes, directions)
+    files = [_found(name, path) for name, path in frozen_paths(config)]
+    digests = [sidecar.digest for sidecar in sidecars]
+    for task, digest in zip(config.tasks, digests, strict=True):
+        if digest not in (file.digest for file in files):
+            raise ManifestMismatch(f"the tensors in {task} have not sha256 {digest}: they are damaged")
+    directions = files[-1].digest if config.directions else ""
+    return Bricks(files[0].digest, digests, files, directions)
+
+
+def _found(name: str, path: Path) -> BrickFile:
+    try:
+        return BrickFile(name, str(path), file_digest(path), path.stat().st_size)
+    except OSError as error:
+        raise ConfigurationError(f"{name}: {path} cannot be read: {error}") from error
+
+
+def frozen_paths(config: AdapterConfig) -> Iterator[tuple[str, Path]]:
+    """Every file that the run will read, after the option that names it. Raises: as :func:`find_bricks`."""
+    yield "adapter.base", Path(config.base)
+    for task in map(Path, config.tasks):
+        yield from (("adapter.tasks", path) for path in task_files(task))
+    if config.directions:
+        yield "adapter.directions", Path(config.directions)
 
 
 def problems_of(config: AdapterConfig, model: ModelConfig) -> list[str]:
@@ -230,26 +243,9 @@ def _add_penalty(module: nn.Module, _: Any, loss: Tensor) -> Tensor:
     return loss + (term - term.detach()).to(loss.dtype)
 
 
-def _read_directions(path: Path, digest: str) -> dict[str, Tensor]:
-    """By layer. Raises: ConfigurationError for another file than the run began with, or none of directions."""
+def _read_directions(path: Path) -> dict[str, Tensor]:
+    """By layer. Raises: ConfigurationError."""
     try:
-        if _file_digest(path) != digest:
-            raise ConfigurationError(f"adapter.directions={str(path)!r} is not the file that the run began with")
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"adapter.directions={str(path)!r} cannot be read: {error}") from error
-
-
-def _file_digest(path: Path) -> str:
-    about = path.stat()
-    return _content_digest(path, about.st_size, about.st_mtime_ns)
-
-
-@cache
-def _content_digest(path: Path, size: int, changed_ns: int) -> str:
-    """Once per process and file: a base may have gigabytes, and a recovery should not wait for them again."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -21,13 +21,14 @@ from holdfast.parallel.microbatches import Microbatch
 from holdfast.parallel.pipeline_engine import PipelineEngine
 from holdfast.parallel.pipeline_plan import replicas
 from holdfast.parallel.zero import ZeroEngine
-from holdfast.trainer.adapting import AdapterTask, trainable_elements, verify_base
+from holdfast.trainer.adapting import AdapterTask, trainable_elements
 from holdfast.trainer.best import BestState, EndRules
 from holdfast.trainer.config import AdapterConfig, DataConfig, ModelConfig, NonFinite, TrainerConfig
 from holdfast.trainer.data import Batches, target_bytes
 from holdfast.trainer.engines import Work, build_engine
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.export import export_weights, sample_text
+from holdfast.trainer.frozen import Frozen
 from holdfast.trainer.loop import Goal, Trainer
 from holdfast.trainer.model import Decoder
 from holdfast.trainer.observers import Watcher
@@ -72,10 +73,6 @@ class Job:
     store: str
     """Directory of the token store."""
     export_dir: str
-    base_digest: str = ""
-    """Of the frozen base, if there is one."""
-    directions_digest: str = ""
-    """Of the file of directions that the task stays out of, if there is one."""
     seen: Mapping[str, str] = field(default_factory=dict)
     """Token stores of earlier tasks, by their names."""
 
@@ -91,7 +88,6 @@ class Job:
         """Build a tiny engine alone and make a step. Much is imported and compiled on first use; a fault need not
         wait for it then. Takes seconds, once per process."""
         if self.options.adapter.method:
-            verify_base(self.options.adapter, self.base_digest)
             trainable_elements(self.options.adapter, self.options.model)
         options, tokens = self.options, torch.zeros(1, _TINY.max_seq_len, dtype=torch.long, device=self.device)
         alone = TorchCommunicator.alone(self.backend)
@@ -118,8 +114,10 @@ class RankRun:
         epoch: int,
         note: Note,
         boundaries: Boundaries | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
         self._job, self._comm, self._watcher, self._note = job, comm, watcher, note
+        self._frozen = frozen or Frozen()
         self._boundaries = boundaries
         options = job.options
         self._batches = self._open(job.store, comm.rank // options.parallel.pipeline)
@@ -247,14 +245,7 @@ class RankRun:
     def _adapter_task(self) -> AdapterTask:
         """What methods look at is the first batch, whole on every rank."""
         options, whole = self._job.options, self._open(self._job.store, 0, 1)
-        return AdapterTask(
-            options.adapter,
-            options.model,
-            options.seed,
-            self._job.base_digest,
-            lambda: whole.microbatches(0),
-            self._job.directions_digest,
-        )
+        return AdapterTask(options.adapter, options.model, options.seed, self._frozen, lambda: whole.microbatches(0))
 
     def _on_device(self, tokens: torch.Tensor, targets: torch.Tensor) -> Microbatch:
         return tokens.to(self._job.device), targets.to(self._job.device), target_bytes(targets)

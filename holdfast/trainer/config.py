@@ -68,6 +68,9 @@ class AdapterConfig:
     """Directories of the adapters of finished tasks, oldest first."""
     task: str = ""
     """Name of the task that is trained; letters, digits, '.', '_' and '-'."""
+    in_memory: bool = True
+    """Let the keepers hold base and finished tasks too, divided among nodes and coded like snapshots, so that a worker
+    can come back when the files cannot be read any more. Takes their size on all nodes together, and parity."""
     seen: dict[str, Any] = field(default_factory=dict)
     """Text of earlier tasks by their names, read like ``data.path``: it is evaluated too at the end."""
     keep_best: bool = False

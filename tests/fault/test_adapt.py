@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import torch
 
 from holdfast import adapters
 from holdfast.configs.schema import RunConfig
+from holdfast.events import Event, FaultDetected
 from holdfast.fault_tolerance.manifest import Manifest
 from holdfast.launch import compose
+from holdfast.launch import run as run_module
 from holdfast.launch.cli import main
 from holdfast.launch.curriculum import Curriculum
 from holdfast.launch.run import Result, train
@@ -131,6 +134,98 @@ def test_a_snapshot_holds_the_task_its_moments_and_nothing_that_is_frozen(
     elements = 2 * 4 * sum(sum(pair) for pair in widths.values())
     master = sum(e.length for m in manifests for e in m.entries if e.spec.name.endswith("/master"))
     assert master == 4 * elements
+
+
+# -- frozen files that go away ----------------------------------------------------------------------------------------
+
+
+def _delete(path: Path) -> None:
+    path.unlink()
+
+
+def _flip_one_bit(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def _lost_with_a_fault(
+    monkeypatch: pytest.MonkeyPatch, config: RunConfig, harm: Callable[[Path], None], paths: Sequence[Path]
+) -> Result:
+    """The run, whose files are harmed when a fault is detected and before anybody has come back from it."""
+    emit = run_module._Sinks.emit
+
+    def harmful(sinks: run_module._Sinks, event: Event) -> None:
+        if isinstance(event, FaultDetected):
+            for path in paths:
+                harm(path)
+        emit(sinks, event)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module._Sinks, "emit", harmful)
+        return train(config)
+
+
+def _own_copy(base: Path, root: Path) -> Path:
+    root.mkdir()
+    return Path(shutil.copy(base, root / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, corpus: Path, base: Path) -> Result:
+    return train(_config(tmp_path_factory.mktemp("calm"), corpus, base, "mora", {"rank": 4}))
+
+
+@pytest.mark.parametrize("harm", [_delete, _flip_one_bit])
+def test_a_base_that_is_lost_or_damaged_in_the_middle_of_a_run_comes_back_from_the_keepers(
+    harm: Callable[[Path], None],
+    tmp_path: Path,
+    corpus: Path,
+    base: Path,
+    calm: Result,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = _own_copy(base, tmp_path / "own")
+    config = _config(tmp_path / "struck", corpus, own, "mora", {"rank": 4}, "sigkill rank=1 step=5")
+    found = _lost_with_a_fault(monkeypatch, config, harm, [own])
+    assert (calm.exit_code, found.exit_code) == (0, 0)
+    assert len(events_of(found.run_dir, "fault_detected")) == 1
+    assert _losses(found) == _losses(calm)
+    assert _state(found) == _state(calm)
+    assert found.findings["text"] == calm.findings["text"]
+    restored = events_of(found.run_dir, "bricks_restored")
+    assert {event["rank"] for event in restored} == {0, 1}
+    assert {(*event["files"], event["bytes"]) for event in restored} == {(str(own), base.stat().st_size)}
+    assert harm is _delete or own.read_bytes() != base.read_bytes()  # what the user has is left as it is
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_together_with_all_frozen_files_gets_its_pieces_back_from_the_others(
+    tmp_path: Path, corpus: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = _own_copy(base, tmp_path / "own")
+    first = Path(_finished_task(tmp_path / "first", corpus, own, "mora", {"rank": 4}))
+    files = [own, first / "adapter.json", *first.glob("*.safetensors")]
+    sizes = [path.stat().st_size for path in files]
+    configs = []
+    for name, faults in (("calm", ()), ("struck", ("node_sigkill node=1 step=5",))):
+        config = _config(tmp_path / name, corpus, own, "mora", {"rank": 4}, *faults)
+        config.launch.nodes, config.trainer.global_batch, config.trainer.eval_windows = 3, 12, 6
+        config.adapter.tasks, config.adapter.task = [str(first)], "two"
+        configs.append(config)
+    expected, found = train(configs[0]), _lost_with_a_fault(monkeypatch, configs[1], _delete, files)
+    assert (expected.exit_code, found.exit_code) == (0, 0)
+    assert (_losses(found), _state(found)) == (_losses(expected), _state(expected))
+    assert not any(path.exists() for path in files)
+    before, after = events_of(found.run_dir, "bricks_held")
+    pieces = [-(-size // 2) for size in sizes]  # three nodes, one of which may be lost
+    assert sum(before["held"].values()) == sum(sizes) + sum(pieces)
+    assert (before["read"], before["sent"], before["coded"]) == (sum(sizes), sum(sizes), sum(pieces))
+    assert after["held"] == before["held"]
+    assert after["coded"] == before["coded"] + after["held"]["1"]
+    restored = events_of(found.run_dir, "bricks_restored")
+    assert {event["rank"] for event in restored} == {0, 1, 2}
+    assert all(event["files"].keys() == set(map(str, files)) for event in restored)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from functools import reduce
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 
 from holdfast.configs import validate
+from holdfast.configs.adapter_rules import frozen_files
 from holdfast.configs.layout import stage_facts
 from holdfast.configs.protection import fewer_nodes
 from holdfast.configs.schema import LaunchKind, RunConfig
-from holdfast.configs.validate import Host, check, keeper_limit_bytes, state_bytes
+from holdfast.configs.validate import Host, check, keeper_limit_bytes, refuse_bad, state_bytes
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts
 from holdfast.optim.config import OptimName
@@ -573,6 +575,35 @@ def test_checking_loads_neither_torch_nor_hydra() -> None:
 
 def adapted(**values: Any) -> RunConfig:
     return changed(**{"adapter__method": "mora", "adapter__base": "/base", "adapter__task": "one", **values})
+
+
+def test_frozen_files_in_memory_need_room_beside_the_snapshots(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.touch()
+    os.truncate(base, 10**9)  # a hole: only its size is looked at
+    config = adapted(adapter__base=str(base), adapter__options={"rank": 4})
+    frozen, snapshots = frozen_files(config), 3 * math.ceil((3 + 1) * state_bytes(config))
+    need = snapshots + 10**9 * 3 // 2  # three nodes, one of which may be lost
+    assert check(config, Host(2 * need), lambda _: frozen) == []
+    (problem,) = check(config, Host(2 * need - 2), lambda _: frozen)
+    assert problem.startswith(f"snapshots need {need:,} bytes of host memory")
+    assert "500,000,000 bytes per node of frozen files (adapter.in_memory)" in problem
+    assert "adapter.in_memory=false" in problem
+    config.snapshot.memory_limit_gb = 0.4
+    (problem,) = check(config, BIG, lambda _: frozen)
+    assert problem.startswith("snapshot.memory_limit_gb=0.4 must be at least 0.5")
+    config.adapter.in_memory = False
+    assert frozen_files(config) == []
+    os.truncate(base, 10**13)
+    with pytest.raises(ConfigurationError, match="bytes of host memory"):
+        refuse_bad(
+            adapted(adapter__base=str(base), adapter__options={"rank": 4})
+        )  # at once, and not after ten terabytes
+
+
+def test_frozen_files_that_cannot_be_read_are_left_to_whoever_reads_them(tmp_path: Path) -> None:
+    config = adapted(adapter__base=str(tmp_path / "nowhere"), adapter__tasks=[str(tmp_path / "nothing")])
+    assert frozen_files(config) == []
 
 
 def test_an_adapter_run_is_sound_and_needs_memory_for_its_task_only() -> None:

@@ -10,10 +10,12 @@ import pytest
 
 from holdfast import knobs
 from holdfast.configs.schema import RunConfig
+from holdfast.fault_tolerance.bricks import BrickFile
 from holdfast.launch.banner import banner
 from holdfast.launch.compose import compose_config
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import aligned
+from holdfast.trainer.adapting import Bricks
 from holdfast.trainer.split import Split
 from holdfast.trainer.token_store import TokenStore
 
@@ -70,6 +72,19 @@ def test_the_facts_of_the_main_job_are_complete_and_in_order() -> None:
     assert facts["data"] == "local: standard library + pydoc topics, 10.4 MB, digest 9c1e…, PSF-2.0"
     assert facts["resume"] == _FRESH
     assert facts["look"] == f"W&B off (tracker=wandb turns it on) | tail -f {_RUN.events_file}"
+
+
+def test_frozen_bytes_are_counted_where_they_are() -> None:
+    files = [BrickFile("adapter.base", "/base", "ab" * 32, 1000), BrickFile("adapter.tasks", "/task", "cd" * 32, 11)]
+    bricks = Bricks("ab" * 32, ["cd" * 32], files)
+    words = ["adapter.method=lora", "adapter.base=/base", "adapter.task=two", "adapter.tasks=[/task]"]
+    facts = dict(banner(_config(*words), _RUN, 1, _STORE, _FRESH, bricks))
+    assert "1,011 bytes read from files, in no snapshot" in facts["adapter"]
+    held = "at most 506 bytes of them per keeper, 1,517 in all, parity included"  # 1000 / 2 and 11 / 2, rounded up
+    assert facts["adapter"].endswith(held)
+    assert all(len(line) <= _COLUMNS for line in aligned({"adapter": facts["adapter"]}))
+    off = dict(banner(_config(*words, "adapter.in_memory=false"), _RUN, 1, _STORE, _FRESH, bricks))
+    assert off["adapter"].endswith("nothing of them (adapter.in_memory=false)")
 
 
 def test_memory_is_that_of_one_rank_and_of_its_buffers_in_the_keeper() -> None:

@@ -75,7 +75,7 @@ def test_the_free_keys_are_pinned() -> None:
         *("trainer.micro_batch", "parallel.zero_stage", "trainer.nonfinite", "trainer.max_nonfinite"),
         *("parallel.pipeline", "parallel.schedule", "parallel.chunks", "parallel.blocks"),
         *("adapter.base", "adapter.tasks", "adapter.seen", "adapter.domains", "adapter.rounds", "adapter.least_gain"),
-        *("adapter.directions", "adapter.protected_directions", "adapter.router_prompts"),
+        *("adapter.directions", "adapter.protected_directions", "adapter.router_prompts", "adapter.in_memory"),
     }
 
 

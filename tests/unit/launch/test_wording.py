@@ -124,6 +124,8 @@ def test_the_events_without_words_are_those_that_other_words_tell() -> None:
         e.SnapshotCost(9, 0.001, 0.003, 0.012, 0.02),
         e.ProtectionFailed(1, "no memory for parity"),
         e.SnapshotFailed(2, 7, "the disk is full"),
+        e.BricksHeld(1, 4096, {"0": 4096, "1": 4096}, 4096, 4096, 4096, {"0": 512, "1": 500}),
+        e.BricksRestored(1, {"/a/base": "1e9c8503" * 8, "/a/task": "00" * 32}, 4096, "it cannot be read"),
         e.StageHealed(2, 8, 50, 0.5, 0.25, "lower"),
         e.StagesMeasured(7, {"1": 0.25}),
         e.StageRebuilt(2, 7, "checkfree", [1, 3], 0.25, 4096),

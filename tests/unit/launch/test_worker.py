@@ -25,8 +25,7 @@ def worker(tmp_path: Path) -> WorkerHost:
         "attempt": 1,
         "store": "",
         "config_digest": "",
-        "base_digest": "",
-        "directions_digest": "",
+        "bricks": [],
         "seen": {},
     }
     return WorkerHost(spec)

@@ -15,6 +15,7 @@ from holdfast.errors import ConfigurationError, ManifestMismatch
 from holdfast.trainer.adapting import AdapterTask, adapted_base, find_bricks, problems_of, trainable_elements
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.export import export_weights
+from holdfast.trainer.frozen import Frozen
 from holdfast.trainer.model import Decoder, initialise
 
 MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=48, max_seq_len=16)
@@ -43,7 +44,7 @@ def make(base: Path) -> Make:
     def task(method: str = "lora", name: str = "one", tasks: list[str] | None = None) -> AdapterTask:
         config = AdapterConfig(method=method, options={"rank": 2}, target_modules=ATTENTION, base=str(base))
         config.tasks, config.task = tasks or [], name
-        return AdapterTask(config, MODEL, 5, find_bricks(config).base, lambda: [_text()])
+        return AdapterTask(config, MODEL, 5, Frozen(find_bricks(config).files), lambda: [_text()])
 
     return task
 
@@ -130,7 +131,9 @@ def test_bricks_are_named_by_what_they_hold(make: Make, base: Path, tmp_path: Pa
     (tensors,) = first.glob("adapter-*.safetensors")
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (base, tensors)]
     assert [bricks.base, *bricks.tasks] == digests
-    assert bricks.size_bytes == base.stat().st_size + tensors.stat().st_size
+    assert [file.path for file in bricks.files] == [str(base), str(first / "adapter.json"), str(tensors)]
+    assert all(hashlib.sha256(Path(file.path).read_bytes()).hexdigest() == file.digest for file in bricks.files)
+    assert bricks.size_bytes == sum(path.stat().st_size for path in (base, first / "adapter.json", tensors))
 
 
 def test_files_that_do_not_fit_are_refused_by_name(make: Make, base: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from holdfast.launch.adapt_directions import keep_directions, refuse_directions
 from holdfast.launch.adapt_model import load_model, training_windows
 from holdfast.launch.curriculum import Curriculum
 from holdfast.trainer.adapting import AdapterTask, find_bricks
+from holdfast.trainer.frozen import Frozen
 from tests.support.curricula import MODEL, config_of, make_curriculum
 from tests.support.runs import write_corpus
 
@@ -91,7 +92,7 @@ def test_a_task_is_trained_and_frozen_outside_the_directions_of_its_file(tmp_pat
     adapter.directions = str(curriculum.brick(record.directions["t2"]))
     bricks = find_bricks(adapter)
     assert bricks.directions == record.directions["t2"] == bricks.digests[-1]
-    task = AdapterTask(adapter, MODEL, 0, record.base, list, bricks.directions)
+    task = AdapterTask(adapter, MODEL, 0, Frozen(bricks.files), list)
     decoder = task.begin(torch.device("cpu"))
     for parameter in adapters.trainable_parameters(decoder):
         torch.nn.init.normal_(parameter)
@@ -109,7 +110,7 @@ def test_a_task_is_trained_and_frozen_outside_the_directions_of_its_file(tmp_pat
     with pytest.raises(ConfigurationError, match="is not the file that the run began with"):
         task.begin(torch.device("cpu"))
     Path(adapter.directions).unlink()
-    with pytest.raises(ConfigurationError, match=r"adapter\.directions=.* is no file"):
+    with pytest.raises(ConfigurationError, match=r"adapter\.directions: .* cannot be read"):
         find_bricks(adapter)
 
 

@@ -243,6 +243,30 @@ def _adapt(words: Sequence[str]) -> int:
     return adapt(words)
 
 
+def _status(words: Sequence[str]) -> int:
+    from holdfast.launch.status_command import status
+
+    return status(words)
+
+
+def _events(words: Sequence[str]) -> int:
+    from holdfast.launch.events_command import events
+
+    return events(words)
+
+
+def _report(words: Sequence[str]) -> int:
+    from holdfast.launch.report_command import report
+
+    return report(words)
+
+
+def _watch(words: Sequence[str]) -> int:
+    from holdfast.launch.watch_command import watch
+
+    return watch(words)
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
     does: str
@@ -252,6 +276,10 @@ class _Command:
 _COMMANDS: Mapping[str, _Command] = {
     "train": _Command("train a language model: GROUP=OPTION and KEY=VALUE say how", _train),
     "adapt": _Command("teach a frozen model one domain after the other; route and write with what it learned", _adapt),
+    "status": _Command("tell the state of a run, what protects it and what it has lost", _status),
+    "events": _Command("tell what has happened in a run, or is happening", _events),
+    "report": _Command("write what happened in a run as one HTML file and as Markdown", _report),
+    "watch": _Command("show a run live in the terminal", _watch),
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
     "inject": _Command("break something in a run that is going on, to see it recover", _inject),

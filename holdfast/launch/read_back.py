@@ -66,7 +66,7 @@ _Made = typing.TypeVar("_Made")
 
 def _made(kind: type[_Made], record: Mapping[str, Any]) -> _Made | None:
     values = {}
-    for name, (hint, is_optional) in _fields(kind).items():
+    for name, (hint, is_optional) in _fields(kind).items():  # type: ignore[arg-type]  # classes are hashable
         if name not in record:
             if not is_optional:
                 return None
@@ -89,6 +89,10 @@ def _fields(kind: type) -> Mapping[str, tuple[Any, bool]]:
 
 def _fitted(value: Any, hint: Any) -> Any:
     """``value`` as the annotation wants it; JSON has no tuples and no NaN. Raises: TypeError, ValueError."""
+    if type(value) is hint:  # nearly always, and files are long
+        return value
+    if hint is float:
+        return math.nan if value is None else _number(value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         inner = next(one for one in arguments if one is not types.NoneType)
@@ -97,10 +101,6 @@ def _fitted(value: Any, hint: Any) -> Any:
         return origin(_fitted(one, arguments[0]) for one in value)
     if origin is dict and isinstance(value, dict):
         return {key: _fitted(one, arguments[1]) for key, one in value.items()}
-    if hint is float:
-        return math.nan if value is None else _number(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
     raise TypeError(f"{value!r} is no {hint}")
 
 

@@ -21,9 +21,10 @@ def as_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def _section(section: Section) -> Iterator[str]:
-    if section.title:
+    blocks = [text for text in map(_block, section.blocks) if text]
+    if section.title and blocks:  # a section of nothing but pictures is left out
         yield f"{'#' * section.level} {_text(section.title)}"
-    yield from (text for text in map(_block, section.blocks) if text)
+    yield from blocks
 
 
 @singledispatch

@@ -63,7 +63,8 @@ _BY_KIND = "".join(
     for kind in _KINDS
 ) + "".join(
     f".mark.{kind} line{{stroke:var(--{kind})}}.mark.{kind} .tag{{fill:var(--{kind})}}"
-    f".dots.{kind}{{fill:var(--{kind})}}.swatch.{kind}{{background:var(--{kind})}}"
+    f".mark.{kind} .sign{{fill:var(--{kind})}}.dots.{kind}{{fill:var(--{kind})}}"
+    f".swatch.{kind}{{background:var(--{kind})}}"
     for kind in _MARKS
 )
 
@@ -103,13 +104,13 @@ svg{display:block;width:100%;min-width:680px;height:auto;font:12px system-ui,"De
 .tick,.axis{fill:var(--faint)}.row{fill:var(--ink)}.inside{fill:var(--inside);font-weight:600}
 .tag{font-weight:600;font-size:11px}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
-.line.repeated{stroke-width:3;opacity:.75}
+.line.repeated{stroke-width:4;opacity:.8}
 .mark line{stroke-width:1.4}
-.mark.injected line{stroke-dasharray:2 3}.mark.attempt line{stroke-dasharray:6 4}
+.mark.injected line{stroke-dasharray:2 3}.sign{stroke:none}.mark.attempt line{stroke-dasharray:6 4}
 .band{fill:var(--faint);opacity:.25}
 .band.outage{fill:var(--fault);opacity:.22}
 .band.full{fill:var(--recovered);opacity:.8}.band.reduced{fill:var(--lost);opacity:.85}
-.band.degraded{fill:var(--fault);opacity:.85}.band.attempt{fill:var(--loss);opacity:.55}
+.band.degraded{fill:var(--fault);opacity:.85}.band.world{fill:var(--loss);opacity:.55}
 .swatch.outage,.swatch.degraded{background:var(--fault)}.swatch.full{background:var(--recovered)}
 .swatch.reduced{background:var(--lost)}
 .swatch.outage{opacity:.35}

@@ -6,7 +6,7 @@ Nothing here has a colour: every shape has a class, and the page's style sheet g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
@@ -52,6 +52,8 @@ class Band:
     stop: float
     kind: str
     title: str
+    label: str = ""
+    """Stands inside, where there is room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,10 @@ def _bands(bands: Sequence[Band], x: _Scale, top: float, bottom: float) -> Itera
             f'<rect class="band {band.kind}" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" '
             f'height="{bottom - top:.1f}"><title>{_text(band.title)}</title></rect>'
         )
+        if band.label and width > 7.0 * len(band.label) + 8:
+            middle = left + width / 2
+            place = f'x="{middle:.1f}" y="{top + 15:.1f}" text-anchor="middle"'
+            yield f'<text class="row" {place}>{_text(band.label)}</text>'
 
 
 def _marks(marks: Sequence[Mark], x: _Scale, top: float, bottom: float) -> Iterator[str]:
@@ -237,9 +243,21 @@ def _marks(marks: Sequence[Mark], x: _Scale, top: float, bottom: float) -> Itera
             label = f'<text class="tag" x="{at:.1f}" y="{top - 5:.1f}" text-anchor="middle">{_text(mark.label)}</text>'
         yield (
             f'<g class="mark {mark.kind}"><title>{_text(mark.title)}</title>{label}'
-            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/></g>'
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>{_sign(mark.kind, at, bottom)}</g>'
         )
 
+
+def _sign(kind: str, at: float, bottom: float) -> str:
+    """A shape at the foot of a mark, so that marks in one place, or without colour, can be told apart."""
+    corners = _SIGNS.get(kind, ())
+    points = " ".join(f"{at + dx:.1f},{bottom + dy:.1f}" for dx, dy in corners)
+    return f'<polygon class="sign" points="{points}"/>' if corners else ""
+
+
+_SIGNS: Mapping[str, Sequence[Point]] = {
+    "injected": ((-6, 0), (6, 0), (0, -10)),
+    "recovered": ((0, -5), (9, -10), (0, -15)),
+}
 
 # -- bars and rows ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The console command ``holdfast``: every way out of it becomes a message and an exit code.
 
 0 finished, 1 unexpected error, 2 bad configuration or arguments, 75 stopped after saving, 93 do not restart,
-130 and 143 interrupted.
+130 and 143 interrupted, 141 when nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # --help and --version load neither Hydra nor what trains
 
 __all__ = ["main"]
 
-_BAD_ARGUMENTS, _UNEXPECTED, _INTERRUPTED = 2, 1, 130
+_BAD_ARGUMENTS, _UNEXPECTED, _INTERRUPTED, _NOT_READ = 2, 1, 130, 141
 _STOPPED = frozenset({75, _INTERRUPTED, 143})
 """Somebody wanted this run to stop, so the rest of a sweep is not wanted either."""
 
@@ -48,6 +48,9 @@ def _exit_code_of(action: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:  # what is still buffered would fail again when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NOT_READ
     except Exception:  # the boundary of the process: the user learns of it
         traceback.print_exc()
         return _UNEXPECTED

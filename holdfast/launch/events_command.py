@@ -41,13 +41,18 @@ def _chosen(names: Sequence[str] | None) -> Collection[str]:
     """Kinds to show; none means all."""
     chosen = [name for names_ in names or () for name in names_.split(",")]
     problems = [
-        f"--kind={name} is no kind of event; choose {' or '.join(difflib.get_close_matches(name, kinds()) or kinds())}"
+        f"--kind={name} is no kind of event; choose from {', '.join(_like(name))}"
         for name in chosen
         if name not in kinds()
     ]
     if problems:
         raise ConfigurationError(problems)
     return chosen
+
+
+def _like(name: str) -> Collection[str]:
+    """Kinds that may have been meant, or all."""
+    return [kind for kind in kinds() if name in kind] or difflib.get_close_matches(name, kinds()) or kinds()
 
 
 class _Shown:

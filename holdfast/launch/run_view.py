@@ -97,7 +97,7 @@ class RunView:
         """Oldest first. An attempt whose record says nothing of its beginning is left out."""
         told = [one for one in enumerate(self.record["attempts"], start=1) if _began_s(one[1]) is not None]
         starts = [float(one["started"]) for _, one in told]
-        limits = [*starts[1:], math.inf]
+        limits = [*starts[1:], math.inf][: len(starts)]
         return [self._attempt(*one, limit_s) for one, limit_s in zip(told, limits, strict=True)]
 
     def _attempt(self, number: int, told: Mapping[str, Any], limit_s: float) -> Attempt:

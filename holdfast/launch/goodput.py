@@ -9,13 +9,14 @@ The time of each attempt is cut into pieces that follow each other, so the parts
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import groupby, pairwise, zip_longest
 
 from holdfast.events import EpochStarted, FaultDetected
-from holdfast.launch.run_view import RunView
+from holdfast.launch.run_view import Attempt, RunView
 
 __all__ = ["Driven", "Fault", "Goodput", "Part", "Start", "Step", "counts", "driven", "goodput"]
 
@@ -215,18 +216,28 @@ def _positive(seconds: float) -> float:
 def driven(view: RunView) -> list[Driven]:
     """The attempts of a run. What a damaged record does not place in time is left out."""
     attempts = view.attempts
-    limits = [*(one.began_s for one in attempts[1:]), math.inf]
+    limits = [*(one.began_s for one in attempts[1:]), math.inf][: len(attempts)]
     return [
         Driven(
             began_s=one.began_s,
             ended_s=one.ended_s,
             steps=list(_steps(view, one.number)),
             faults=[Fault(s, f.detected_after_s) for s, f in view.of(FaultDetected) if one.began_s <= s < limit_s],
-            starts=[Start(e.epoch, e.version) for s, e in view.of(EpochStarted) if one.began_s <= s < limit_s],
+            starts=[*_starts(view, one.began_s, limit_s), *_stop(one)],
             has_ended=one.has_ended,
         )
         for one, limit_s in zip(attempts, limits, strict=True)
     ]
+
+
+def _starts(view: RunView, from_s: float, to_s: float) -> Iterator[Start]:
+    return (Start(one.epoch, one.version) for when, one in view.of(EpochStarted) if from_s <= when < to_s)
+
+
+def _stop(attempt: Attempt) -> Iterator[Start]:
+    """As if another epoch had started from what is on disk: whatever comes next does."""
+    if attempt.saved is not None:
+        yield Start(sys.maxsize, attempt.saved)
 
 
 def _steps(view: RunView, attempt: int) -> Iterator[Step]:

@@ -201,9 +201,10 @@ class Charts:
         return Figure(timeline("Protection over time", self._time_axis, rows), legend | {"fault": "fault"})
 
     def _worlds(self) -> Iterator[Band]:
-        found = [(self.clock(when), one.world) for when, one in self.view.of(e.EpochStarted)]
-        for (start, world), (stop, _) in pairwise([*found, (self.clock(math.inf), 0)]):
-            yield Band(start, stop, "world", f"{world} ranks", f"{world}")
+        for attempt in self.attempts:
+            told = [(s, one.world) for s, one in self.view.of(e.EpochStarted) if attempt.began_s <= s < attempt.ended_s]
+            for (start_s, world), (stop_s, _) in pairwise([*told, (attempt.ended_s, 0)]):
+                yield Band(self.clock(start_s), self.clock(stop_s), "world", f"{world} ranks", f"{world}")
 
     def _protection(self) -> Iterator[Band]:
         """Whole from the first step of an attempt on, until something else is said."""

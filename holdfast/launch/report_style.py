@@ -88,9 +88,10 @@ background:var(--raised);border-left:3px solid var(--fault);border-radius:4px}
 .facts dd{margin:0;overflow-wrap:anywhere;white-space:pre-wrap}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:left;vertical-align:top;padding:5px 12px 5px 0;
+th,td{text-align:left;vertical-align:top;padding:5px 20px 5px 0;
 border-bottom:1px solid var(--rule);white-space:pre-line}
 th{color:var(--faint);font-weight:500}
+th:last-child,td:last-child{padding-right:0}
 .number{text-align:right}
 figure{margin:14px 0}
 figcaption{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--faint);margin-top:4px}

@@ -319,7 +319,8 @@ class _Drive:
     def _report(self) -> dict[str, str]:
         """Where the report is. A run is worth more than its report, so that nothing in here can fail it."""
         try:
-            if self._run_dir.metrics_file.stat().st_size > _QUICKLY_REPORTED_BYTES:
+            metrics = self._run_dir.metrics_file
+            if metrics.exists() and metrics.stat().st_size > _QUICKLY_REPORTED_BYTES:
                 return {"report": f"holdfast report {self._run_dir.path}"}
             return {"report": str(write_report(self._run_dir, self._run_dir.path / "report.html")[0])}
         except Exception:  # the log learns of it

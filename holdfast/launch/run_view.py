@@ -54,6 +54,8 @@ class Attempt:
     ended_s: float
     """Of one that has not said that it ended: now if its driver lives, else its last line."""
     has_ended: bool
+    saved: int | None = None
+    """Steps that are left after a stop, -1 for none: memory went with the driver. None if it did not end in a stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class RunView:
         began_s = float(told["started"])
         end_s = time_of(told.get("ended") or {})
         if end_s is not None:
-            return Attempt(number, began_s, max(end_s, began_s), has_ended=True)
+            return Attempt(number, began_s, max(end_s, began_s), has_ended=True, saved=_saved(told["ended"]))
         if limit_s == math.inf and self.driver is not None:
             return Attempt(number, began_s, max(self.now_s, began_s), has_ended=False)
         lines = (one.time_s for lines in (self.events, self.steps) for one in lines)
@@ -127,6 +129,11 @@ class RunView:
 
 def _began_s(attempt: object) -> float | None:
     return time_of({"time": attempt.get("started")}) if isinstance(attempt, dict) else None
+
+
+def _saved(ended: Mapping[str, Any]) -> int | None:
+    step = ended.get("step")
+    return step if ended.get("outcome") == "stopped" and isinstance(step, int) else None
 
 
 def _is_of(event: Event, attempt: int) -> bool:

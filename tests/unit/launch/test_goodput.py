@@ -46,6 +46,14 @@ def test_an_attempt_that_goes_back_takes_steps_of_the_one_before_with_it(tmp_pat
     assert counts(driven(view)) == [[True, True, False, False], [True]]
 
 
+def test_what_a_stop_has_not_saved_is_lost(tmp_path: Path) -> None:
+    told = Told(tmp_path).attempt().event(e.RunStarted("r1", 1, 3, "fresh")).event(e.EpochStarted(1, 3, -1), 1001.0)
+    for step in range(1, 5):
+        told.step(step, 1001.0 + step, stall_s=0.0)
+    told.end(1006.0, "stopped", 75, step=3)
+    assert counts(driven(RunReader(told.dir).view())) == [[True, True, True, False]]
+
+
 def test_a_version_that_is_restored_takes_steps_back_before_any_is_made_again() -> None:
     steps = [Step(float(n), 1, n, 1.0) for n in (1, 2, 3)]
     assert counts([Driven(0.0, 9.0, steps, starts=[Start(1, -1), Start(2, 1)])]) == [[True, False, False]]

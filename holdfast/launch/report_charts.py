@@ -203,7 +203,8 @@ class Charts:
     def _worlds(self) -> Iterator[Band]:
         for attempt in self.attempts:
             told = [(s, one.world) for s, one in self.view.of(e.EpochStarted) if attempt.began_s <= s < attempt.ended_s]
-            for (start_s, world), (stop_s, _) in pairwise([*told, (attempt.ended_s, 0)]):
+            changes = [one for n, one in enumerate(told) if n == 0 or one[1] != told[n - 1][1]]
+            for (start_s, world), (stop_s, _) in pairwise([*changes, (attempt.ended_s, 0)]):
                 yield Band(self.clock(start_s), self.clock(stop_s), "world", f"{world} ranks", f"{world}")
 
     def _protection(self) -> Iterator[Band]:

@@ -87,12 +87,12 @@ background:var(--raised);border-left:3px solid var(--fault);border-radius:4px}
 .facts dt{color:var(--faint)}
 .facts dd{margin:0;overflow-wrap:anywhere;white-space:pre-wrap}
 .wide{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;width:100%;min-width:540px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:5px 20px 5px 0;
 border-bottom:1px solid var(--rule);white-space:pre-line}
 th{color:var(--faint);font-weight:500}
 th:last-child,td:last-child{padding-right:0}
-.number{text-align:right}
+.number{text-align:right;white-space:nowrap}
 figure{margin:14px 0}
 figcaption{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--faint);margin-top:4px}
 .swatch{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:7px;background:var(--faint)}
@@ -101,6 +101,7 @@ font:12.5px/1.45 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-
 .level3 pre{background:var(--page)}
 summary{cursor:pointer;color:var(--faint);margin-top:6px}
 svg{display:block;width:100%;min-width:680px;height:auto;font:12px system-ui,"DejaVu Sans",sans-serif}
+svg.bar{min-width:0}
 .grid{stroke:var(--rule)}.base{stroke:var(--faint)}
 .tick,.axis{fill:var(--faint)}.row{fill:var(--ink)}.inside{fill:var(--inside);font-weight:600}
 .tag{font-weight:600;font-size:11px}
@@ -119,7 +120,7 @@ svg{display:block;width:100%;min-width:680px;height:auto;font:12px system-ui,"De
 
 _MEDIA = """
 @media print{body{font-size:12px}main{max-width:none;padding:0}section.level3,figure,table{break-inside:avoid}
-h2{break-after:avoid}pre{max-height:none}svg{min-width:0}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+h2{break-after:avoid}pre{max-height:none}svg,table{min-width:0}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 @media (max-width:560px){main{padding:16px 12px 48px}.facts{grid-template-columns:1fr;gap:0}.facts dt{margin-top:6px}}
 """
 

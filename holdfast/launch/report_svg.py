@@ -157,7 +157,7 @@ def _grid(chart: Chart, x: _Scale, y: _Scale) -> Iterator[str]:
 
 
 def _x_axis(axis: Axis, x: _Scale, ticks: Sequence[float], bottom: float) -> Iterator[str]:
-    yield f'<line class="base" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>'
+    yield f'<line class="base" x1="{x.start}" x2="{x.stop}" y1="{bottom}" y2="{bottom}"/>'
     for value in ticks:
         at = x(value)
         label = _clock(value) if axis.is_duration else _number(value, ticks)
@@ -275,7 +275,7 @@ def stacked_bar(about: str, parts: Sequence[tuple[str, float, str]]) -> str:
             middle = at + width / 2
             shapes.append(f'<text class="inside" x="{middle:.1f}" y="28" text-anchor="middle">{share:.0%}</text>')
         at += width
-    return _svg(about, height, shapes)
+    return _svg(about, height, shapes, kind="bar")
 
 
 def timeline(about: str, axis: Axis, rows: Sequence[Row]) -> str:
@@ -293,8 +293,8 @@ def timeline(about: str, axis: Axis, rows: Sequence[Row]) -> str:
     return _svg(about, bottom + _BOTTOM, shapes)
 
 
-def _svg(about: str, height: int, parts: Iterable[str]) -> str:
-    head = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{_text(about)}">'
+def _svg(about: str, height: int, parts: Iterable[str], kind: str = "chart") -> str:
+    head = f'<svg class="{kind}" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{_text(about)}">'
     return head + "".join(parts) + "</svg>"
 
 

@@ -88,9 +88,12 @@ def _progress(view: RunView, width: int) -> Iterator[RenderableType]:
         return
     step = view.steps[-1].report.step
     if view.goal:
-        yield ProgressBar(total=view.goal, completed=step, width=min(width, 60))
-        left_s = (view.goal - step) * pace_of(view).step_s
-        yield Text(f"step {step:,} of {view.goal:,}" + (f", {duration(left_s)} to go" if left_s > 0 else ""))
+        left_s = (view.goal - step) * pace_of(view).step_s if view.driver is not None else 0.0
+        bar = Table.grid(padding=(0, 2))
+        to_go = f", {duration(left_s)} to go" if left_s > 0 else ""
+        progress = ProgressBar(total=view.goal, completed=step, width=max(min(width - 40, 60), 10))
+        bar.add_row(progress, Text(f"step {step:,} of {view.goal:,}{to_go}"))
+        yield bar
     yield Text(f"loss {sparkline([line.report.loss for line in view.steps], min(width - 30, 60))}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.support.runs import events_of, tiny_config, write_corpus
 
 pytestmark = pytest.mark.timeout(240)
 
-_STEPS = 12
+_STEPS = 40
 
 
 @pytest.fixture
@@ -38,7 +39,6 @@ def _look(root: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def _status(root: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """In this process: the run would be over by the time another one has started."""
     assert main(["status", "--json", "--root", str(root)]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
@@ -55,7 +55,9 @@ def test_what_is_seen_of_a_run_while_it_goes_on_is_what_its_driver_tells(
     following, watching = _look(driver.root, "events", "--follow"), _look(driver.root, "watch")
     try:
         driver.await_step(2)
+        driver.signal(signal.SIGSTOP)  # which a driver survives; the run cannot end meanwhile
         seen = _status(driver.root, capsys)
+        driver.signal(signal.SIGCONT)
         code, said = driver.await_end()
         followed, watched = following.communicate(timeout=60)[0], watching.communicate(timeout=60)[0]
     finally:

@@ -35,6 +35,7 @@ __all__ = [
     "StopRequested",
     "Waiting",
     "WorldChanged",
+    "kind_name",
     "kind_of",
     "to_record",
 ]
@@ -326,7 +327,12 @@ class MemoryEvents:
 
 def kind_of(event: Event) -> str:
     """``FaultDetected`` -> ``fault_detected``."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return kind_name(type(event))
+
+
+def kind_name(kind: type[Event]) -> str:
+    """The same of the class."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def to_record(event: Event, *, time_s: float) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The console command ``holdfast``: every way out of it becomes a message and an exit code.
 
 0 finished, 1 unexpected error, 2 bad configuration or arguments, 75 stopped after saving, 93 do not restart,
-130 and 143 interrupted.
+130 and 143 interrupted, 141 when nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # --help and --version load neither Hydra nor what trains
 
 __all__ = ["main"]
 
-_BAD_ARGUMENTS, _UNEXPECTED, _INTERRUPTED = 2, 1, 130
+_BAD_ARGUMENTS, _UNEXPECTED, _INTERRUPTED, _NOT_READ = 2, 1, 130, 141
 _STOPPED = frozenset({75, _INTERRUPTED, 143})
 """Somebody wanted this run to stop, so the rest of a sweep is not wanted either."""
 
@@ -48,6 +48,9 @@ def _exit_code_of(action: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:  # what is still buffered would fail again when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NOT_READ
     except Exception:  # the boundary of the process: the user learns of it
         traceback.print_exc()
         return _UNEXPECTED
@@ -243,6 +246,30 @@ def _adapt(words: Sequence[str]) -> int:
     return adapt(words)
 
 
+def _status(words: Sequence[str]) -> int:
+    from holdfast.launch.status_command import status
+
+    return status(words)
+
+
+def _events(words: Sequence[str]) -> int:
+    from holdfast.launch.events_command import events
+
+    return events(words)
+
+
+def _report(words: Sequence[str]) -> int:
+    from holdfast.launch.report_command import report
+
+    return report(words)
+
+
+def _watch(words: Sequence[str]) -> int:
+    from holdfast.launch.watch_command import watch
+
+    return watch(words)
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
     does: str
@@ -252,6 +279,10 @@ class _Command:
 _COMMANDS: Mapping[str, _Command] = {
     "train": _Command("train a language model: GROUP=OPTION and KEY=VALUE say how", _train),
     "adapt": _Command("teach a frozen model one domain after the other; route and write with what it learned", _adapt),
+    "status": _Command("tell the state of a run, what protects it and what it has lost", _status),
+    "events": _Command("tell what has happened in a run, or is happening", _events),
+    "report": _Command("write what happened in a run as one HTML file and as Markdown", _report),
+    "watch": _Command("show a run live in the terminal", _watch),
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
     "inject": _Command("break something in a run that is going on, to see it recover", _inject),

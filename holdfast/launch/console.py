@@ -9,7 +9,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, TextIO, cast
@@ -20,6 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from holdfast.events import CheckpointWritten, Evaluated, Event, FaultDetected, FaultInjected, RunEnded, StageRebuilt
+from holdfast.launch.pace import Pace
 from holdfast.launch.wording import TAG_COLUMNS, aligned, describe, duration, ending, step_line
 from holdfast.types import StepReport
 
@@ -62,7 +62,7 @@ class Console:
         stream = sys.stdout if stream is None else stream
         self._out = _Unbreakable(stream)
         self._screen = _screen(self._out, is_terminal, total_steps, clock, owns_stdout=stream is sys.stdout)
-        self._pace = _Pace(window=log_every)
+        self._pace = Pace(window=log_every)
         self._failures = self._injected = self._rebuilt = 0
         self._bits_per_byte: float | None = None
         self._saved: CheckpointWritten | None = None
@@ -164,33 +164,6 @@ class Console:
         return {} if ended.outcome == "finished" else {"saved": "no checkpoint was written in this attempt"}
 
 
-class _Pace:
-    """Tokens and seconds of the newest steps, from reports that may have gaps and may go back."""
-
-    def __init__(self, window: int) -> None:
-        self._tokens: deque[float] = deque(maxlen=window)
-        self._seconds: deque[float] = deque(maxlen=window)
-        self._last = (0, 0)
-        self._tokens_per_step = 0.0
-
-    def note(self, report: StepReport) -> None:
-        steps, tokens = report.step - self._last[0], report.tokens - self._last[1]
-        if steps != 0:  # negative after a rollback, and then so are the tokens
-            self._tokens_per_step = tokens / steps
-        self._last = (report.step, report.tokens)
-        self._tokens.append(self._tokens_per_step)
-        self._seconds.append(report.step_s)
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        seconds = sum(self._seconds)
-        return sum(self._tokens) / seconds if seconds > 0 else None
-
-    @property
-    def step_s(self) -> float:
-        return sum(self._seconds) / max(len(self._seconds), 1)
-
-
 # -- screens ----------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +172,7 @@ class _Screen(Protocol):
 
     def show(self, lines: Sequence[str]) -> None: ...
 
-    def progress(self, report: StepReport, pace: _Pace) -> None: ...
+    def progress(self, report: StepReport, pace: Pace) -> None: ...
 
     def close(self) -> None: ...
 
@@ -226,7 +199,7 @@ class _Plain:
         self._out.write("".join(f"{line}\n" for line in lines))
         self._out.flush()
 
-    def progress(self, report: StepReport, pace: _Pace) -> None:
+    def progress(self, report: StepReport, pace: Pace) -> None:
         return
 
     def close(self) -> None:
@@ -260,7 +233,7 @@ class _Terminal:
             self._draw()
         self._canvas.print(Text("\n").join(map(_painted, lines)), soft_wrap=True)
 
-    def progress(self, report: StepReport, pace: _Pace) -> None:
+    def progress(self, report: StepReport, pace: Pace) -> None:
         if self._is_closed:
             return
         self._bar.start()  # at the first step; no effect at the others
@@ -273,7 +246,7 @@ class _Terminal:
         self._bar.refresh()
         self._drawn_s, self._is_stale = self._clock(), False
 
-    def _numbers(self, report: StepReport, pace: _Pace) -> str:
+    def _numbers(self, report: StepReport, pace: Pace) -> str:
         rate = "" if pace.tokens_per_s is None else f"tok/s {pace.tokens_per_s:,.0f} "
         left = max(self._bar.tasks[0].total or 0, report.step) - report.step
         return f"loss {report.loss:.4f} bpb {report.bits_per_byte:.3f} {rate}ETA {duration(left * pace.step_s)}"

@@ -37,6 +37,7 @@ from holdfast.launch.crew import ProcessSpecs
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Fleet
 from holdfast.launch.records import JsonlEvents
+from holdfast.launch.report_command import write_report
 from holdfast.launch.resume import Opening, checkpoints_uri, open_run
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.signals import StopSignals
@@ -52,8 +53,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "run", "train"]
 
+logger = logging.getLogger(__name__)
+
 _UNEXPECTED, _BAD_CONFIGURATION, _SAVED, _DO_NOT_RESTART = 1, 2, 75, 93
 """Exit codes, see :mod:`holdfast.launch.cli`. A stop without a checkpoint ends with the signal's own."""
+
+_QUICKLY_REPORTED_BYTES = 64 << 20
+"""Of metrics, at most, for a run to write its report itself: some seconds, and a few hundred MB of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,11 +331,23 @@ class _Drive:
         )
         facts = _what_is_saved(verdict) | _world_of(verdict, config=self._config)
         facts |= {"run": str(self._run_dir.path)} | self._record(verdict)
-        console.conclude(facts, next_command=self._next(verdict))
         self._result = Result(
             verdict.outcome, verdict.exit_code, verdict.step, verdict.reason, self._run_dir.path, found
         )
+        console.conclude(facts, next_command=self._next(verdict))  # already: a signal may cut the report short
+        console.conclude(facts | self._report(), next_command=self._next(verdict))
         return self._result
+
+    def _report(self) -> dict[str, str]:
+        """Where the report is. A run is worth more than its report, so that nothing in here can fail it."""
+        try:
+            metrics = self._run_dir.metrics_file
+            if metrics.exists() and metrics.stat().st_size > _QUICKLY_REPORTED_BYTES:
+                return {"report": f"holdfast report {self._run_dir.path}"}
+            return {"report": str(write_report(self._run_dir, self._run_dir.path / "report.html")[0])}
+        except Exception:  # the log learns of it
+            logger.exception("the report was not written; holdfast report %s tries it again", self._run_dir.path)
+            return {}
 
     def _record(self, verdict: Verdict) -> dict[str, str]:
         """What the user must be told if ``run.json`` could not be told."""

@@ -11,6 +11,7 @@
       checkpoints/                            see holdfast.fault_tolerance.checkpoint
       failures/0001/{summary.json, rank00001.tail.txt}
       export/
+      report.html  report.md                  see holdfast.launch.report_command
 """
 
 from __future__ import annotations

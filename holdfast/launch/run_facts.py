@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.fault_tolerance.interval import RateEstimate
 from holdfast.fault_tolerance.policy import DISK, LIVE, MEMORY, PARITY
 from holdfast.launch.plan_options import HOUR_S, NODE_MTBF_H, PROCESS_MTBF_H, Value
+from holdfast.launch.read_lines import records
 from holdfast.launch.records import read_yaml
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import span
@@ -25,8 +23,8 @@ _SOON_S = 60.0
 
 def measured(run: RunDir) -> dict[str, Value]:
     """Everything the files of a run tell; what they do not tell is left out."""
-    steps = [record for record in _records(run.metrics_file) if _is_step(record)]
-    events = list(_records(run.events_file))
+    steps = [record for record in records(run.metrics_file) if _is_step(record)]
+    events = list(records(run.events_file))
     config = read_yaml(run.config_file)
     nodes = config.get("launch.nodes")
     found = _of_steps(steps)
@@ -136,13 +134,3 @@ def _posterior(prior_h: float, faults: int, injected: int, node_hours: float) ->
         f"measured: {counted} in {node_hours:.3g} node-hours{without}, prior 1 in {prior_h:g} h; "
         f"90 % between {span(HOUR_S / fast)} and {span(HOUR_S / slow)}",
     )
-
-
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
-    """JSON lines, without those that a kill has torn."""
-    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    yield record

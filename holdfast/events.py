@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Protocol
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "StopRequested",
     "Waiting",
     "WorldChanged",
+    "from_record",
     "kind_of",
     "to_record",
 ]
@@ -292,9 +293,22 @@ class MemoryEvents:
 
 def kind_of(event: Event) -> str:
     """``FaultDetected`` -> ``fault_detected``."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return _name_of(type(event))
+
+
+def _name_of(kind: type[Event]) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def to_record(event: Event, *, time_s: float) -> dict[str, object]:
     """One JSON line: wall-clock time, kind, then the fields."""
     return {"time": time_s, "event": kind_of(event), **asdict(event)}
+
+
+def from_record(record: Mapping[str, object]) -> Event | None:
+    """The event that :func:`to_record` wrote; None for a kind that this version does not know, or with fields missing.
+    What JSON has no type for comes back as JSON has it: lists for tuples, None for infinities."""
+    kind = next((kind for kind in Event.__subclasses__() if _name_of(kind) == record.get("event")), None)
+    if kind is None or any(f.default is MISSING and f.name not in record for f in fields(kind)):
+        return None
+    return kind(**{f.name: record[f.name] for f in fields(kind) if f.name in record})

@@ -209,6 +209,7 @@ def _round_config(curriculum: Curriculum, record: Record, config: RunConfig, dom
     task = f"{domain}.{number}" if config.adapter.rounds > 1 else domain
     ready.run_id, ready.resume = f"{curriculum.name}.{task}", "auto"
     ready.adapter.task = task
+    ready.tracker.group = ready.tracker.group or curriculum.name
     ready.adapter.tasks = [str(curriculum.path / done.directory) for done in record.kept]
     ready.adapter.seen = {done.domain: done.text for done in record.learned if done.domain != domain}
     return ready

@@ -6,6 +6,7 @@ Made-up ``wandb`` modules stand in for one that hangs, raises or dies; one test 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from holdfast.events import (
+    CheckpointWritten,
     Evaluated,
     Event,
     EventSink,
@@ -30,7 +32,7 @@ from holdfast.events import (
     WorldChanged,
 )
 from holdfast.trainer.config import TrackerConfig, TrackerName, WandbMode
-from holdfast.trainer.trackers import MemoryTracker, NullTracker, Tracker, WandbPlan, WandbTracker, build_tracker
+from holdfast.trainer.trackers import HelperTracker, MemoryTracker, NullTracker, Tracker, WandbPlan, build_tracker
 from holdfast.types import StepReport
 
 _FAULT = FaultDetected(1, (1,), 1, 4242, "killed by SIGKILL", "update", 3, 0.04)
@@ -53,7 +55,7 @@ def _report(step: int, epoch: int = 1) -> StepReport:
     )
 
 
-def _tracker(directory: Path, *, mode: str | None = "offline", capacity: int = 4096, **limits: float) -> WandbTracker:
+def _tracker(directory: Path, *, mode: str | None = "offline", capacity: int = 4096, **limits: float) -> HelperTracker:
     plan = WandbPlan(
         run_id="run-1",
         project="project",
@@ -62,12 +64,14 @@ def _tracker(directory: Path, *, mode: str | None = "offline", capacity: int = 4
         init_timeout_s=limits.get("init_timeout_s", 10.0),
         finish_timeout_s=limits.get("finish_timeout_s", 10.0),
         config={"optim": {"lr": 0.001}},
+        checkpoints=str(directory / "checkpoints"),
     )
-    return WandbTracker(
+    return HelperTracker(
         plan,
         attempt=2,
         capacity=capacity,
         start_grace_s=limits.get("start_grace_s", 10.0),
+        stalled_after_s=limits.get("stalled_after_s", 60.0),
         clock=lambda: 1.5,
     )
 
@@ -90,7 +94,7 @@ def _children() -> set[int]:
 @pytest.mark.parametrize("tracker", [NullTracker(), MemoryTracker()])
 def test_every_tracker_is_an_event_sink_that_may_be_finished_twice(tracker: Tracker) -> None:
     sink: EventSink = tracker
-    tracker.start()
+    tracker.start({})
     tracker.log_step(_report(1))
     sink.emit(_FAULT)
     tracker.finish()
@@ -124,7 +128,7 @@ def test_without_a_key_the_default_is_offline(
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
     tracker = _build(TrackerConfig(name=TrackerName.WANDB, mode=mode), tmp_path)
-    assert isinstance(tracker, WandbTracker)
+    assert isinstance(tracker, HelperTracker)
     assert tracker._plan.mode == told
 
 
@@ -164,13 +168,26 @@ class Run:
     def log(self, values):
         on_log(values)
         self.note("log", values)
-    def alert(self, title, text, level):
-        self.note("alert", title, level)
+    def alert(self, title, text, level, wait_duration=None):
+        self.note("alert", title, level, *([wait_duration] if wait_duration else []))
+    @property
+    def summary(self):
+        return self
+    def update(self, values):
+        self.note("summary", values)
+    def log_artifact(self, artifact, aliases):
+        self.note("artifact", artifact.name, artifact.type, artifact.references, aliases)
     def mark_preempting(self):
         self.note("preempting")
     def finish(self, exit_code):
         on_finish()
         self.note("finish", exit_code)
+
+class Artifact:
+    def __init__(self, name, type, metadata):
+        self.name, self.type, self.references = name, type, []
+    def add_reference(self, uri, checksum):
+        self.references.append([uri, checksum])
 
 def init(settings, **options):
     global stop
@@ -201,9 +218,9 @@ def _calls(directory: Path, *kinds: str) -> list[Any]:
     return [call[1:] for call in calls if call[0] in kinds]
 
 
-def _run(tracker: WandbTracker, *items: StepReport | Event) -> float:
+def _run(tracker: HelperTracker, *items: StepReport | Event) -> float:
     """The life of a run; returns how long its end took."""
-    tracker.start()
+    tracker.start({})
     for item in items:
         tracker.log_step(item) if isinstance(item, StepReport) else tracker.emit(item)
     started_s = time.monotonic()
@@ -225,12 +242,14 @@ def test_wandb_is_told_who_the_run_is_and_to_keep_quiet(
         "entity": None,
         "dir": str(tmp_path),
         "config": {"optim": {"lr": 0.001}},
+        "group": None,
         "job_type": "train",
         "resume": "allow",
         "allow_val_change": True,
         "mode": "offline",
     }
     assert (settings["console"], settings["silent"], settings["x_disable_stats"]) == ("off", True, True)
+    assert settings["capture_loggers"] == {"holdfast": "INFO"}
     assert (settings["init_timeout"], settings["finish_timeout"]) == (10.0, 10.0)
     assert (service, can_be_asked) == (None, False)
 
@@ -272,6 +291,108 @@ def test_events_become_metrics_alerts_and_the_exit_code(tmp_path: Path, fake_wan
     assert _calls(tmp_path, "preempting", "finish") == [[], [93]]
 
 
+def test_the_summary_says_what_became_of_the_run_and_where_it_is(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("")
+    begun, ended = RunStarted("r", 2, 3, ""), RunEnded("finished", 2, 1.0, 1, 4, 0)
+    seconds = iter((10.0, 10.1, 10.2, 10.5))
+    tracker = _tracker(tmp_path)
+    tracker._clock = lambda: next(seconds)
+    _run(tracker, begun, _report(1), Evaluated(2, 2.31, 96), ended)
+    told: dict[str, object] = {}
+    for (values,) in _calls(tmp_path, "summary"):
+        told |= values
+    assert told.pop("goodput") == pytest.approx(0.1 / 0.5)
+    assert told == {
+        "run_dir": str(tmp_path),
+        "bits_per_byte": 2.31,
+        "outcome": "finished",
+        "reason": "",
+        "faults": 1,
+        "steps_lost": 4,
+        "exit_code": 0,
+    }
+
+
+def test_a_checkpoint_that_is_there_is_linked_by_reference_without_reading_it(
+    tmp_path: Path, fake_wandb: Install
+) -> None:
+    fake_wandb("")
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
+    gone, there = (CheckpointWritten(step, f"step-{step}", 10, 0.1) for step in (1, 2))
+    _run(_tracker(tmp_path), gone, there)
+    uri = (tmp_path / "checkpoints" / "step-2").as_uri()
+    assert _calls(tmp_path, "artifact") == [["checkpoint-run-1", "checkpoint", [[uri, False]], ["step-2"]]]
+
+
+def test_a_run_without_steps_is_worth_one_alert_each_time(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("")
+    tracker = _tracker(tmp_path, stalled_after_s=1.0)
+    tracker.start({})
+    for count in (1, 2):
+        _wait_for(lambda: _alerts(tmp_path) == count)  # noqa: B023  # called at once
+        time.sleep(0.5)
+        assert _alerts(tmp_path) == count
+        tracker.log_step(_report(count))
+    tracker.finish()
+    assert _calls(tmp_path, "alert")[0] == ["no progress", "WARN", 1.0]
+
+
+def _alerts(directory: Path) -> int:
+    return len(_calls(directory, "alert")) if (directory / "calls").exists() else 0
+
+
+def test_what_the_driver_logs_is_repeated_where_wandb_listens(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb(
+        """
+        def on_init(mode):
+            import logging
+            class Note(logging.Handler):
+                def emit(self, record): open(LINES, "a").write(record.getMessage() + chr(10))
+            logging.getLogger("holdfast").addHandler(Note())
+        LINES = %r
+    """
+        % str(tmp_path / "lines")
+    )  # noqa: UP031  # braces are the code's own
+    tracker, log = _tracker(tmp_path), logging.getLogger("holdfast.launch")
+    log.setLevel(logging.INFO)
+    tracker.start({})
+    log.info("node %d is back", 3)
+    tracker.finish()
+    log.info("and nobody is told of this")
+    log.setLevel(logging.NOTSET)
+    assert (tmp_path / "lines").read_text() == "holdfast.launch: node 3 is back\n"
+
+
+def test_where_nodes_export_metrics_wandb_reads_them_for_its_system_charts(tmp_path: Path) -> None:
+    endpoints = {"node-1": "http://10.0.0.1:8080/metrics"}
+    settings = WandbPlan("r", "p", str(tmp_path), None, 1.0, 1.0).settings(endpoints)
+    assert (settings["x_stats_open_metrics_endpoints"], settings["x_disable_stats"]) == (endpoints, False)
+    real = pytest.importorskip("wandb").Settings
+    assert real(**settings).x_stats_open_metrics_endpoints == endpoints
+
+
+@pytest.mark.parametrize(
+    ("faults", "group", "expected"),
+    [([], "", ("main_job", "train")), (["sigkill rank=1 step=3"], "mine", ("mine", "chaos"))],
+)
+def test_a_run_is_grouped_by_its_experiment_and_one_with_faults_is_chaos(
+    faults: list[str], group: str, expected: tuple[str, str], tmp_path: Path
+) -> None:
+    tracker = build_tracker(
+        TrackerConfig(name=TrackerName.WANDB, group=group),
+        run_id="r",
+        project="p",
+        directory=tmp_path,
+        plain_config={"chaos": {"faults": faults}},
+        attempt=1,
+        group="main_job",
+    )
+    assert isinstance(tracker, HelperTracker)
+    plan = tracker._plan
+    assert isinstance(plan, WandbPlan)
+    assert (plan.group, plan.job_type) == expected
+
+
 def test_a_run_that_does_not_say_how_it_ended_has_failed(tmp_path: Path, fake_wandb: Install) -> None:
     fake_wandb("")
     _run(_tracker(tmp_path), _report(1))
@@ -283,7 +404,7 @@ def test_stop_in_the_user_interface_stops_the_run(tmp_path: Path, fake_wandb: In
     heard = threading.Event()
     tracker = _tracker(tmp_path)
     tracker._on_stop = lambda reason: heard.set()
-    tracker.start()
+    tracker.start({})
     tracker.log_step(_report(1))
     assert heard.wait(20.0)
     tracker.finish()
@@ -323,7 +444,7 @@ def test_an_init_that_fails_online_falls_back_to_offline(
     assert [options["mode"] for options, *_ in _calls(tmp_path, "init")] == [None, "offline"]
     assert len(_calls(tmp_path, "log")) == 1
     (said,) = [record.message for record in caplog.records]
-    assert "(RuntimeError: no network); this attempt is recorded offline, for `wandb sync`" in said
+    assert "(RuntimeError: no network); this attempt is recorded offline, for `holdfast wandb-sync`" in said
 
 
 def test_an_init_that_hangs_falls_back_to_offline_while_the_run_goes_on(tmp_path: Path, fake_wandb: Install) -> None:
@@ -333,7 +454,7 @@ def test_an_init_that_hangs_falls_back_to_offline_while_the_run_goes_on(tmp_path
                 time.sleep(3600)
     """)
     tracker = _tracker(tmp_path, mode="online", init_timeout_s=0.3, start_grace_s=1.0)
-    tracker.start()
+    tracker.start({})
     for step in range(1, 9):
         tracker.log_step(_report(step))
     _wait_for(lambda: (tmp_path / "calls").exists() and len(_calls(tmp_path, "log")) == 8)
@@ -363,7 +484,7 @@ _HANGING = {
 def test_a_wandb_that_hangs_is_ended_in_time(
     twist: str, tmp_path: Path, fake_wandb: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("holdfast.trainer.trackers._FINISH_GRACE_S", 0.5)
+    monkeypatch.setattr("holdfast.trainer.trackers.helper.FINISH_GRACE_S", 0.5)
     fake_wandb(twist)
     tracker = _tracker(tmp_path, finish_timeout_s=0.5)
     assert _run(tracker, _report(1)) < 5.0
@@ -375,7 +496,7 @@ def test_logging_takes_microseconds_though_wandb_hangs(
 ) -> None:
     fake_wandb("def on_log(values): time.sleep(3600)")
     tracker = _tracker(tmp_path, capacity=500, finish_timeout_s=0.2)
-    tracker.start()
+    tracker.start({})
     took_s = []
     for step in range(1, 5001):
         report, began_s = _report(step), time.perf_counter()
@@ -406,7 +527,7 @@ def test_a_wandb_that_dies_half_way_is_off_from_there_on(
 ) -> None:
     fake_wandb("def on_log(values): os.kill(os.getpid(), 9)")
     tracker = _tracker(tmp_path)
-    tracker.start()
+    tracker.start({})
     tracker.log_step(_report(1))
     _wait_for(lambda: tracker.log_step(_report(2)) or tracker._is_off)  # type: ignore[func-returns-value]
     tracker.finish()
@@ -427,9 +548,9 @@ _DRIVER = """
 import os, sys, time
 from pathlib import Path
 folder, sys.path[:] = Path(sys.argv[1]), sys.argv[2:]
-from holdfast.trainer.trackers import WandbPlan, WandbTracker
-tracker = WandbTracker(WandbPlan("r", "p", str(folder), "offline", 10.0, 10.0), attempt=1)
-tracker.start()
+from holdfast.trainer.trackers import HelperTracker, WandbPlan
+tracker = HelperTracker(WandbPlan("r", "p", str(folder), "offline", 10.0, 10.0), attempt=1)
+tracker.start({})
 while not (folder / "calls").exists():
     time.sleep(0.01)
 (folder / "helper").write_text(str(tracker._helper.pid))

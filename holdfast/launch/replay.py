@@ -1,0 +1,71 @@
+"""What happened in a run, read back from ``metrics.jsonl`` and ``events.jsonl``."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from holdfast.events import Event, from_record
+from holdfast.types import StepReport
+
+__all__ = ["Happened", "happened"]
+
+Told = StepReport | Event
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """A step or an event."""
+
+    time_s: float
+    """Unix time."""
+    item: Told
+    file: str
+    end: int
+    """Where its line ends in that file, in bytes from the start."""
+
+
+def happened(*, metrics: Path, events: Path) -> Iterator[Happened]:
+    """Everything that both files hold in whole lines, in order of time; what cannot be read is left out."""
+    steps = _read(metrics, _step_of)
+    return heapq.merge(_read(events, from_record), steps, key=lambda h: h.time_s)
+
+
+def _read(path: Path, item_of: Callable[[Mapping[str, Any]], Told | None]) -> Iterator[Happened]:
+    end = 0
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            if not line.endswith(b"\n"):  # being written, or torn by a kill
+                return
+            end += len(line)
+            found = _record(line)
+            item = item_of(found)
+            if item is not None:
+                yield Happened(float(found["time"]), item, path.name, end)
+
+
+def _record(line: bytes) -> Mapping[str, Any]:
+    """Empty for what is no record."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("time"), (int, float)) else {}
+
+
+def _step_of(record: Mapping[str, Any]) -> StepReport | None:
+    """Numbers that JSON does not have were written as null."""
+    known = fields(StepReport)
+    if any(f.default is MISSING and f.name not in record for f in known):
+        return None
+    values: dict[str, Any] = {f.name: record[f.name] for f in known if f.name in record}
+    return StepReport(**{name: math.nan if value is None else value for name, value in values.items()})

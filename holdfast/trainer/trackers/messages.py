@@ -25,8 +25,8 @@ __all__ = ["Message", "Narrator", "no_step"]
 
 Message = dict[str, object]
 """``do`` says what: log (``step``, ``values``), alert (``title``, ``text``, ``level``, perhaps ``wait_s``), rollback
-(``step``: what comes next follows it), checkpoint (``step``, ``name``: its directory), preempting, summary
-(``values``), line (``level``, ``text``) or finish (``exit_code``). All but the last also say ``time`` and ``attempt``."""
+(``step``: what comes next follows it), checkpoint (``step``, ``name``: its directory), summary (``values``), line
+(``level``, ``text``), preempting, or finish (``exit_code``). All but the last also say ``time`` and ``attempt``."""
 
 
 class Narrator:

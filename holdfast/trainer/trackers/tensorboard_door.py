@@ -39,7 +39,7 @@ class TensorBoardDoor:
 
     def _log(self, message: Mapping[str, Any]) -> None:
         self._step = message["step"]
-        for name, value in {**message["values"], "attempt": message["attempt"]}.items():
+        for name, value in message["values"].items():
             self._writer.add_scalar(name, value, self._step, walltime=message["time"])
 
     def _note(self, message: Mapping[str, Any]) -> None:
@@ -51,3 +51,4 @@ class TensorBoardDoor:
         self._writer.close()
         self._step = message["step"]
         self._writer = SummaryWriter(self._directory, purge_step=self._step + 1, flush_secs=_FLUSH_S)
+        self._writer.add_scalar("attempt", message["attempt"], self._step + 1, walltime=message["time"])

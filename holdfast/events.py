@@ -308,7 +308,13 @@ def to_record(event: Event, *, time_s: float) -> dict[str, object]:
 def from_record(record: Mapping[str, object]) -> Event | None:
     """The event that :func:`to_record` wrote; None for a kind that this version does not know, or with fields missing.
     What JSON has no type for comes back as JSON has it: lists for tuples, None for infinities."""
-    kind = next((kind for kind in Event.__subclasses__() if _name_of(kind) == record.get("event")), None)
+    kind = _KINDS.get(str(record.get("event")))
     if kind is None or any(f.default is MISSING and f.name not in record for f in fields(kind)):
         return None
     return kind(**{f.name: record[f.name] for f in fields(kind) if f.name in record})
+
+
+# By name and not by Event.__subclasses__(), which also has each class as it was before it got its slots.
+_KINDS: Mapping[str, type[Event]] = {
+    _name_of(kind): kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Event)
+}

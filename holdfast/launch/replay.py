@@ -68,4 +68,5 @@ def _step_of(record: Mapping[str, Any]) -> StepReport | None:
     if any(f.default is MISSING and f.name not in record for f in known):
         return None
     values: dict[str, Any] = {f.name: record[f.name] for f in known if f.name in record}
-    return StepReport(**{name: math.nan if value is None else value for name, value in values.items()})
+    values |= {name: math.nan for name, value in values.items() if value is None}
+    return StepReport(**values)

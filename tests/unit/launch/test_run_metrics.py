@@ -57,6 +57,8 @@ def test_a_snapshot_is_as_old_as_the_step_whose_state_it_holds() -> None:
     metrics.step(_report(2, committed=1), 40.0)  # rolled back: the first step 2 is gone
     metrics.step(_report(3, committed=2), 50.0)
     assert _values(metrics, 55.0)["snapshot_age_seconds"] == 15.0
+    metrics.step(_report(4, committed=3), 60.0)
+    assert _values(metrics, 65.0)["snapshot_age_seconds"] == 15.0
 
 
 def test_goodput_counts_a_step_once_and_waiting_for_snapshots_never() -> None:

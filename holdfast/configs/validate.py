@@ -4,6 +4,7 @@ unless there are adapters."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import re
 import uuid
@@ -36,7 +37,7 @@ from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
 from holdfast.optim.config import moment_count
-from holdfast.trainer.config import DataSource
+from holdfast.trainer.config import DataSource, TrackerName
 from holdfast.trainer.sizing import check as check_model
 from holdfast.trainer.sizing import largest_piece, parameter_count
 
@@ -71,7 +72,8 @@ def this_host() -> Host:
 
 def refuse_bad(config: RunConfig) -> None:
     """Raises: ConfigurationError with everything that is wrong with ``config`` on this machine."""
-    problems = check(config, this_host(), frozen_files) + _missing_files(config) or _unusable_storage(config)
+    problems = [*check(config, this_host(), frozen_files), *_missing_packages(config), *_missing_files(config)]
+    problems = problems or _unusable_storage(config)
     if problems:
         raise ConfigurationError(problems)
 
@@ -220,6 +222,7 @@ _RULES: Mapping[str, _Rule] = {
     "launch.threads_per_worker": _POSITIVE_COUNT,
     "tracker.init_timeout_s": _SECONDS,
     "tracker.finish_timeout_s": _SECONDS,
+    "tracker.alert_after_s": _SECONDS,
 }
 """Rules about one value each; those of ``model`` and ``optim`` live with their owners."""
 
@@ -259,6 +262,16 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.path is empty, but data={source.value} needs it: data.path=<file or directory>"
     if source in (DataSource.JSONL, DataSource.PARQUET) and not config.data.field:
         yield f"data.field is empty, but data={source.value} needs the name of the field that holds the text"
+
+
+def _missing_packages(config: RunConfig) -> Iterator[str]:
+    """Of this machine's Python."""
+    wants_it = config.tracker.name in (TrackerName.TENSORBOARD, TrackerName.BOTH)
+    if wants_it and importlib.util.find_spec("tensorboard") is None:
+        yield (
+            f"tracker.name={config.tracker.name.name} needs the package tensorboard, which is not installed; "
+            "pip install 'holdfast[tensorboard]', or leave tracker= out"
+        )
 
 
 def _missing_files(config: RunConfig) -> list[str]:

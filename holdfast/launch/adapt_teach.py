@@ -182,6 +182,7 @@ class _Lessons:
         task = f"{domain}.{number}" if self._has_rounds else domain
         ready.run_id, ready.resume = f"{self.curriculum.name}.{task}", "auto"
         ready.adapter.task = task
+        ready.tracker.group = ready.tracker.group or self.curriculum.name
         ready.adapter.tasks = [str(self.curriculum.path / done.directory) for done in record.kept]
         ready.adapter.seen = dict(record.texts(but=domain))
         ready.adapter.directions = str(self.curriculum.brick(directions)) if directions else ""

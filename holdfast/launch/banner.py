@@ -14,9 +14,10 @@ from holdfast.launch.resume import checkpoints_uri
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import size
 from holdfast.trainer import corpus
-from holdfast.trainer.config import TrackerName, WandbMode
+from holdfast.trainer.config import TrackerName
 from holdfast.trainer.sizing import parameter_count
 from holdfast.trainer.token_store import TokenStore
+from holdfast.trainer.trackers import wandb_mode
 
 if TYPE_CHECKING:
     from holdfast.trainer.adapting import Bricks
@@ -39,7 +40,7 @@ def banner(
         "data": corpus.describe(store),
         **({"storage": checkpoints_uri(config, run_dir)} if config.snapshot.storage else {}),
         "resume": _shortened(how),
-        "look": f"{_tracker(config)} | tail -f {run_dir.events_file}",
+        "look": f"{_tracker(config, run_dir)} | tail -f {run_dir.events_file}",
     }
     set_knobs = ", ".join(f"{name}={value}" for name, value in knobs.set_knobs().items())
     return {**facts, "environ": set_knobs} if set_knobs else facts
@@ -51,12 +52,14 @@ def _shortened(how: str) -> str:
     return "\n".join([first, *against[:_REASONS], *more])
 
 
-def _tracker(config: RunConfig) -> str:
-    if config.tracker.name is TrackerName.NONE:
+def _tracker(config: RunConfig, run_dir: RunDir) -> str:
+    name = config.tracker.name
+    if name is TrackerName.NONE:
         return "W&B off (tracker=wandb turns it on)"
-    mode = config.tracker.mode
-    is_offline = mode is WandbMode.OFFLINE or (mode is WandbMode.AUTO and knobs.wandb_key() is None)
-    return "W&B offline" if is_offline else "W&B online"
+    shown = [] if name is TrackerName.TENSORBOARD else [f"W&B {wandb_mode(config.tracker.mode) or 'online'}"]
+    if name is not TrackerName.WANDB:
+        shown.append(f"tensorboard --logdir {run_dir.path / 'tensorboard'}")
+    return " | ".join(shown)
 
 
 def _devices(config: RunConfig) -> str:

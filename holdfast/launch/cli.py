@@ -270,6 +270,18 @@ def _watch(words: Sequence[str]) -> int:
     return watch(words)
 
 
+def _wandb_sync(words: Sequence[str]) -> int:
+    from holdfast.launch.wandb_sync_command import wandb_sync
+
+    return wandb_sync(words)
+
+
+def _dashboards(words: Sequence[str]) -> int:
+    from holdfast.launch.dashboards_command import dashboards
+
+    return dashboards(words)
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
     does: str
@@ -286,4 +298,6 @@ _COMMANDS: Mapping[str, _Command] = {
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
     "inject": _Command("break something in a run that is going on, to see it recover", _inject),
+    "wandb-sync": _Command("replay a run's files to W&B: one W&B run of all attempts", _wandb_sync),
+    "dashboards": _Command("write a Grafana dashboard and Prometheus alerts for runs on Ray", _dashboards),
 }

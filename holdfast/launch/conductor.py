@@ -113,6 +113,10 @@ class Conductor:
         """Any thread or a signal handler: end gracefully."""
         self._stop_reason = reason
 
+    def parity_s(self) -> float:
+        """Any thread: see :attr:`Pulse.parity_s`."""
+        return self._pulse.parity_s
+
     def run(self) -> Verdict:
         """Until the machine has finished and what must be kept is on disk."""
         self._perform(self._supervisor.start(self._clock.now()))

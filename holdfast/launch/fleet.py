@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from holdfast.launch.run_metrics import Meter
+
 __all__ = ["Address", "Completion", "Fleet", "Lost", "Report", "Role"]
 
 
@@ -82,6 +84,14 @@ class Fleet(Protocol):
 
     def release(self, target: Address) -> None:
         """End a process that is not needed any more, politely."""
+        ...
+
+    def metrics_endpoints(self) -> Mapping[str, str]:
+        """URLs where nodes export metrics for Prometheus, by the node's name."""
+        ...
+
+    def meter(self) -> Meter | None:
+        """What takes the run's numbers there; None where nothing exports any."""
         ...
 
     def close(self) -> None: ...

@@ -7,7 +7,7 @@ import json
 import platform
 import random
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from holdfast import __version__
 from holdfast.parallel.config import ParallelConfig
 
-__all__ = ["FREE_KEYS", "config_digest", "git_commit", "layout", "new_run_id", "versions"]
+__all__ = ["FREE_KEYS", "config_digest", "experiment", "git_commit", "layout", "new_run_id", "versions"]
 
 _ADJECTIVES = (
     "agile amber azure bold brave breezy bright brisk calm candid cheery clear clever coral cosy crisp "
@@ -115,6 +115,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def experiment(overrides: Sequence[str]) -> str:
+    """What the user calls it: the value of ``experiment=``, empty without one."""
+    return next((word.partition("=")[2] for word in overrides if word.startswith("experiment=")), "")
 
 
 def git_commit(directory: Path) -> str | None:

@@ -144,6 +144,12 @@ class ProcessFleet:
     def zones(self, nodes: int) -> Sequence[str]:
         return [""] * nodes
 
+    def metrics_endpoints(self) -> Mapping[str, str]:
+        return {}
+
+    def meter(self) -> None:
+        return None
+
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         ours, theirs = multiprocessing.Pipe()
         name = f"holdfast-{target.role.value}-{target.number}"

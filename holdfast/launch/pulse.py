@@ -36,6 +36,7 @@ class Pulse:
         """By node, its newest committed version, and how many attempts had failed when it was heard of or told of."""
         self.unprotected: list[tuple[int, str]] = []
         """Nodes where one version after the other could not be committed, and why; the conductor empties the list."""
+        self._parity_s: dict[int, float] = {}
         self.beats: dict[int, BeatSeen] = {}
         """Newest sign of life by rank, in the driver's clock."""
         self.versions: dict[int, list[Mapping[str, Any]]] = {}
@@ -72,6 +73,11 @@ class Pulse:
         """Epoch and version of what the keepers have committed since this was asked last, oldest first."""
         news, self._committed_news = sorted(self._committed_news), set()
         return news
+
+    @property
+    def parity_s(self) -> float:
+        """Seconds that the newest parity took in the slowest keeper, as far as heard; 0 before there is any."""
+        return max(self._parity_s.values(), default=0.0)
 
     def move_to(self, roster: int) -> None:
         """Ranks are others from now on; what keepers tell of those of another roster is old."""
@@ -119,6 +125,7 @@ class Pulse:
         self._report(seen["reports"])
 
     def _note_protection(self, node: int, status: Mapping[str, Any]) -> None:
+        self._parity_s = {**self._parity_s, node: float(status["encode_s"])}  # replaced, because other threads read it
         found, aborted = (int(status["epoch"]), int(status["committed"])), int(status["aborted"])
         known, failed = self._protected.get(node, ((-1, -1), 0))
         if found != known:

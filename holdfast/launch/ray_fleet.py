@@ -29,6 +29,7 @@ from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
 from holdfast.launch.hosts import make_host
 from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
 from holdfast.launch.ray_nodes import RayNode, RayNodes
+from holdfast.launch.run_metrics import Meter, Metric
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -38,6 +39,7 @@ with warnings.catch_warnings():
     import ray._private.worker as ray_worker
     from ray.actor import ActorHandle, ActorMethod
     from ray.exceptions import GetTimeoutError, RayActorError, RayError
+    from ray.util.metrics import Counter, Gauge
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 __all__ = ["RayFleet"]
@@ -164,6 +166,16 @@ class RayFleet:
 
     def zones(self, nodes: int) -> Sequence[str]:
         return [home.zone for home in self._nodes.homes[:nodes]]
+
+    def metrics_endpoints(self) -> Mapping[str, str]:
+        return {
+            str(found["NodeID"]): f"http://{found['NodeManagerAddress']}:{found['MetricsExportPort']}/metrics"
+            for found in ray.nodes()
+            if found["Alive"]
+        }
+
+    def meter(self) -> Meter:
+        return _RayMeter()
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         self._next_call += 1
@@ -300,6 +312,24 @@ class RayFleet:
                     ray.kill(leaving[ref], no_restart=True)
         self._processes.clear()
         self._calls.clear()
+
+
+class _RayMeter:
+    """See :class:`holdfast.launch.run_metrics.Meter`. Ray exports from the node of this process every ten seconds."""
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, Gauge] = {}
+        self._counters: dict[str, Counter] = {}
+
+    def set(self, metric: Metric, tags: Mapping[str, str], value: float) -> None:
+        if metric.name not in self._gauges:
+            self._gauges[metric.name] = Gauge(metric.name, metric.description, metric.tags)
+        self._gauges[metric.name].set(value, dict(tags))
+
+    def add(self, metric: Metric, tags: Mapping[str, str], amount: float) -> None:
+        if metric.name not in self._counters:
+            self._counters[metric.name] = Counter(metric.name, metric.description, metric.tags)
+        self._counters[metric.name].inc(amount, dict(tags))
 
 
 def _living() -> list[RayNode]:

@@ -36,10 +36,12 @@ from holdfast.launch.console import Console
 from holdfast.launch.crew import ProcessSpecs
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Fleet
+from holdfast.launch.metrics_export import MetricsExport
 from holdfast.launch.records import JsonlEvents
 from holdfast.launch.report_command import write_report
 from holdfast.launch.resume import Opening, checkpoints_uri, open_run
 from holdfast.launch.run_dir import RunDir
+from holdfast.launch.run_metrics import RunMetrics
 from holdfast.launch.signals import StopSignals
 from holdfast.trainer import corpus
 from holdfast.trainer.metrics import MetricsFile
@@ -201,9 +203,16 @@ class _Drive:
                 directory=self._run_dir.path,
                 plain_config=self._plain,
                 attempt=self._attempt,
+                checkpoints=checkpoints_uri(config, self._run_dir),
+                group=identity.experiment(self._overrides),
                 on_stop=signals.ask,
             )
-            sinks = _Sinks(self._run_dir, self._attempt, console, tracker)
+            export = MetricsExport(
+                RunMetrics(
+                    run_id=self._run_dir.run_id, attempt=self._attempt, max_failures=config.recovery.max_failures
+                )
+            )
+            sinks = _Sinks(self._run_dir, self._attempt, console, tracker, export)
             material = self._material
             facts = banner(config, self._run_dir, self._attempt, material.store, self._opening.how, material.bricks)
             console.banner(facts)
@@ -222,8 +231,9 @@ class _Drive:
             fleet = _make_fleet(self._config, self._tag)
             stack.callback(fleet.close)
             signals.install()  # again: a library that starts processes may have put its own handlers there
-            tracker.start()
+            tracker.start(fleet.metrics_endpoints())
             conductor = self._conductor(fleet, sinks)
+            stack.enter_context(sinks.export.to(fleet.meter(), parity_s=conductor.parity_s))
             signals.then(conductor.stop)
             sinks.emit(RunStarted(self._run_dir.run_id, self._attempt, _world(self._config), self._opening.how))
             return self._conclude(_drive(conductor, signals), console, sinks)
@@ -450,11 +460,13 @@ def _make_fleet(config: RunConfig, tag: str) -> Fleet:
 class _Sinks(EventSink):
     """Whoever wants to know what happens: the files first, because they are the truth."""
 
-    def __init__(self, run_dir: RunDir, attempt: int, console: Console, tracker: Tracker) -> None:
+    def __init__(
+        self, run_dir: RunDir, attempt: int, console: Console, tracker: Tracker, export: MetricsExport
+    ) -> None:
         self._run_dir, self._attempt, self._console, self._tracker = run_dir, attempt, console, tracker
         self._events = JsonlEvents(run_dir.events_file)
         self._metrics = MetricsFile(run_dir.metrics_file, attempt=attempt)
-        self._cost = CostMeter()
+        self._cost, self.export = CostMeter(), export
 
     def conclude(self) -> None:
         """What snapshots have cost, once nothing more will come."""
@@ -469,12 +481,14 @@ class _Sinks(EventSink):
         if isinstance(event, FaultDetected):
             self._keep_evidence(event)
         self._tracker.emit(event)
+        self.export.emit(event)
         self._console.emit(event)
 
     def step(self, report: StepReport) -> None:
         self._cost.note(report)
         self._metrics.write(report)
         self._tracker.log_step(report)
+        self.export.step(report)
         self._console.step(report)
 
     def _keep_evidence(self, fault: FaultDetected) -> None:

@@ -164,6 +164,8 @@ class TrackerName(Enum):
 
     NONE = "none"
     WANDB = "wandb"
+    TENSORBOARD = "tensorboard"
+    BOTH = "both"
 
 
 class WandbMode(Enum):
@@ -179,12 +181,16 @@ class TrackerConfig:
     """Experiment tracker; ``metrics.jsonl`` is written in any case."""
 
     name: TrackerName = TrackerName.NONE
-    """NONE or WANDB."""
+    """NONE, WANDB, TENSORBOARD or BOTH."""
     mode: WandbMode = WandbMode.AUTO
-    """Only for WANDB."""
+    """Of W&B only."""
     entity: str = ""
     """W&B entity; empty means the account's default."""
+    group: str = ""
+    """W&B group; empty means the curriculum, else the name behind ``experiment=``, else none."""
     init_timeout_s: float = 90.0
     """Seconds to wait for W&B before falling back to offline."""
     finish_timeout_s: float = 30.0
     """Seconds the end of a run may wait for uploads."""
+    alert_after_s: float = 600.0
+    """Seconds without a finished step until W&B is told to alert."""

@@ -223,7 +223,8 @@ class _Fleet:
         new = [asdict(report) for report in reports[since.get(str(node), 0) :]]
         seen = {"beat": beat, "next_seq": len(reports), "versions": versions, "reports": new}
         ranks = {str(node): seen} if node in self._admitted else {}
-        return {"now": now, "roster": 0, "ranks": ranks, "protection": {"epoch": -1, "committed": -1, "aborted": 0}}
+        protection = {"epoch": -1, "committed": -1, "aborted": 0, "encode_s": 0.0}
+        return {"now": now, "roster": 0, "ranks": ranks, "protection": protection}
 
     # -- what a story may do --------------------------------------------------------------------------------------
 

@@ -6,19 +6,20 @@ Made-up ``wandb`` modules stand in for one that hangs, raises or dies; one test 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from holdfast.events import (
+    CheckpointWritten,
     Evaluated,
     Event,
     EventSink,
@@ -30,8 +31,9 @@ from holdfast.events import (
     WorldChanged,
 )
 from holdfast.trainer.config import TrackerConfig, TrackerName, WandbMode
-from holdfast.trainer.trackers import MemoryTracker, NullTracker, Tracker, WandbPlan, WandbTracker, build_tracker
+from holdfast.trainer.trackers import HelperTracker, MemoryTracker, NullTracker, Tracker, WandbPlan, build_tracker
 from holdfast.types import StepReport
+from tests.support.fake_wandb import Install, calls, install, records
 
 _FAULT = FaultDetected(1, (1,), 1, 4242, "killed by SIGKILL", "update", 3, 0.04)
 _DONE = RecoveryDone(1, 2, 3, 1.31, 1, 0, 1, 10, {})
@@ -53,7 +55,7 @@ def _report(step: int, epoch: int = 1) -> StepReport:
     )
 
 
-def _tracker(directory: Path, *, mode: str | None = "offline", capacity: int = 4096, **limits: float) -> WandbTracker:
+def _tracker(directory: Path, *, mode: str | None = "offline", capacity: int = 4096, **limits: float) -> HelperTracker:
     plan = WandbPlan(
         run_id="run-1",
         project="project",
@@ -62,12 +64,14 @@ def _tracker(directory: Path, *, mode: str | None = "offline", capacity: int = 4
         init_timeout_s=limits.get("init_timeout_s", 10.0),
         finish_timeout_s=limits.get("finish_timeout_s", 10.0),
         config={"optim": {"lr": 0.001}},
+        checkpoints=str(directory / "checkpoints"),
     )
-    return WandbTracker(
+    return HelperTracker(
         plan,
         attempt=2,
         capacity=capacity,
         start_grace_s=limits.get("start_grace_s", 10.0),
+        stalled_after_s=limits.get("stalled_after_s", 60.0),
         clock=lambda: 1.5,
     )
 
@@ -90,7 +94,7 @@ def _children() -> set[int]:
 @pytest.mark.parametrize("tracker", [NullTracker(), MemoryTracker()])
 def test_every_tracker_is_an_event_sink_that_may_be_finished_twice(tracker: Tracker) -> None:
     sink: EventSink = tracker
-    tracker.start()
+    tracker.start({})
     tracker.log_step(_report(1))
     sink.emit(_FAULT)
     tracker.finish()
@@ -124,7 +128,7 @@ def test_without_a_key_the_default_is_offline(
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
     tracker = _build(TrackerConfig(name=TrackerName.WANDB, mode=mode), tmp_path)
-    assert isinstance(tracker, WandbTracker)
+    assert isinstance(tracker, HelperTracker)
     assert tracker._plan.mode == told
 
 
@@ -142,68 +146,14 @@ def test_a_tracker_that_was_never_started_takes_everything_and_finishes_at_once(
 # -- a made-up wandb --------------------------------------------------------------------------------------------------
 
 
-_FAKE = """
-import json, os, sys, time
-from pathlib import Path
-
-def on_init(mode): pass
-def on_log(values): pass
-def on_finish(): pass
-
-class Settings:
-    def __init__(self, **values):
-        self.values = values
-
-class Run:
-    def __init__(self, folder):
-        self.file = open(folder, "a", buffering=1)
-    def note(self, *what):
-        self.file.write(json.dumps(what) + chr(10))
-    def define_metric(self, name, step_metric=None):
-        self.note("define_metric", name, step_metric)
-    def log(self, values):
-        on_log(values)
-        self.note("log", values)
-    def alert(self, title, text, level):
-        self.note("alert", title, level)
-    def mark_preempting(self):
-        self.note("preempting")
-    def finish(self, exit_code):
-        on_finish()
-        self.note("finish", exit_code)
-
-def init(settings, **options):
-    global stop
-    run = Run(Path(options["dir"]) / "calls")
-    stop = settings.values.pop("stop_fn")
-    run.note("init", options, settings.values, os.environ.get("WANDB_SERVICE"), sys.stdin.isatty())
-    on_init(options["mode"])
-    return run
-"""
-
-Install = Callable[[str], None]
-
-
 @pytest.fixture
 def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Puts a ``wandb`` in front of the real one, for helpers only: nothing here imports it."""
-
-    def install(twist: str = "") -> None:
-        (tmp_path / "fake").mkdir()
-        (tmp_path / "fake" / "wandb.py").write_text(_FAKE + textwrap.dedent(twist))
-        monkeypatch.syspath_prepend(str(tmp_path / "fake"))
-
-    return install
+    return partial(install, tmp_path, monkeypatch)
 
 
-def _calls(directory: Path, *kinds: str) -> list[Any]:
-    calls = [json.loads(line) for line in (directory / "calls").read_text().splitlines()]
-    return [call[1:] for call in calls if call[0] in kinds]
-
-
-def _run(tracker: WandbTracker, *items: StepReport | Event) -> float:
+def _run(tracker: HelperTracker, *items: StepReport | Event) -> float:
     """The life of a run; returns how long its end took."""
-    tracker.start()
+    tracker.start({})
     for item in items:
         tracker.log_step(item) if isinstance(item, StepReport) else tracker.emit(item)
     started_s = time.monotonic()
@@ -217,7 +167,7 @@ def test_wandb_is_told_who_the_run_is_and_to_keep_quiet(
     fake_wandb("")
     monkeypatch.setenv("WANDB_SERVICE", "of somebody else")
     _run(_tracker(tmp_path))
-    ((options, settings, service, can_be_asked),) = _calls(tmp_path, "init")
+    ((options, settings, service, can_be_asked),) = calls(tmp_path, "init")
     assert options == {
         "id": "run-1",
         "name": "run-1",
@@ -225,12 +175,14 @@ def test_wandb_is_told_who_the_run_is_and_to_keep_quiet(
         "entity": None,
         "dir": str(tmp_path),
         "config": {"optim": {"lr": 0.001}},
+        "group": None,
         "job_type": "train",
         "resume": "allow",
         "allow_val_change": True,
         "mode": "offline",
     }
     assert (settings["console"], settings["silent"], settings["x_disable_stats"]) == ("off", True, True)
+    assert settings["capture_loggers"] == {"holdfast": "INFO"}
     assert (settings["init_timeout"], settings["finish_timeout"]) == (10.0, 10.0)
     assert (service, can_be_asked) == (None, False)
 
@@ -238,14 +190,14 @@ def test_wandb_is_told_who_the_run_is_and_to_keep_quiet(
 def test_settings_that_the_installed_wandb_lacks_are_left_out(tmp_path: Path, fake_wandb: Install) -> None:
     fake_wandb("Settings.model_fields = {'console': 0, 'silent': 0, 'stop_fn': 0}")
     _run(_tracker(tmp_path))
-    assert _calls(tmp_path, "init")[0][1] == {"console": "off", "silent": True}
+    assert calls(tmp_path, "init")[0][1] == {"console": "off", "silent": True}
 
 
 def test_replayed_steps_overlay_on_train_step_and_no_step_is_passed(tmp_path: Path, fake_wandb: Install) -> None:
     fake_wandb("")
     _run(_tracker(tmp_path), _report(1), _report(2), _report(2, epoch=2))
-    assert _calls(tmp_path, "define_metric") == [["train/step", None], ["*", "train/step"]]
-    logged = [values for (values,) in _calls(tmp_path, "log")]
+    assert calls(tmp_path, "define_metric") == [["train/step", None], ["*", "train/step"]]
+    logged = [values for (values,) in calls(tmp_path, "log")]
     assert [(v["train/step"], v["train/epoch"], v["train/loss"]) for v in logged] == [
         (1, 1, 2.125),
         (2, 1, 2.125),
@@ -260,22 +212,123 @@ def test_events_become_metrics_alerts_and_the_exit_code(tmp_path: Path, fake_wan
     fewer = WorldChanged(2, 3, 2, "node(s) 1 are not ready after 10 s")
     begun, stop = RunStarted("r", 1, 3, ""), StopRequested("x")
     _run(_tracker(tmp_path), begun, _FAULT, fewer, _DONE, Evaluated(9, 2.31, 96), stop, ended)
-    assert _calls(tmp_path, "alert") == [
+    assert calls(tmp_path, "alert") == [
         ["fault 1", "WARN"],
         ["2 ranks instead of 3", "WARN"],
         ["recovered from fault 1", "INFO"],
         ["the run has failed", "ERROR"],
     ]
-    recovery, evaluation = (values for (values,) in _calls(tmp_path, "log"))
+    recovery, evaluation = (values for (values,) in calls(tmp_path, "log"))
     assert (recovery["train/step"], recovery["recovery/repaired_in_s"], recovery["recovery/steps_lost"]) == (3, 1.31, 1)
     assert (evaluation["train/step"], evaluation["eval/bits_per_byte"]) == (9, 2.31)
-    assert _calls(tmp_path, "preempting", "finish") == [[], [93]]
+    assert calls(tmp_path, "preempting", "finish") == [[], [93]]
+
+
+def test_the_summary_says_what_became_of_the_run_and_where_it_is(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("")
+    begun, ended = RunStarted("r", 2, 3, ""), RunEnded("finished", 2, 1.0, 1, 4, 0)
+    seconds = iter((10.0, 10.1, 10.2, 10.5))
+    tracker = _tracker(tmp_path)
+    tracker._clock = lambda: next(seconds)
+    _run(tracker, begun, _report(1), Evaluated(2, 2.31, 96), ended)
+    told: dict[str, object] = {}
+    for (values,) in calls(tmp_path, "summary"):
+        told |= values
+    assert told.pop("goodput") == pytest.approx(0.1 / 0.5)
+    assert told == {
+        "run_dir": str(tmp_path),
+        "bits_per_byte": 2.31,
+        "outcome": "finished",
+        "reason": "",
+        "faults": 1,
+        "steps_lost": 4,
+        "exit_code": 0,
+    }
+
+
+def test_a_checkpoint_that_is_there_is_linked_by_reference_without_reading_it(
+    tmp_path: Path, fake_wandb: Install
+) -> None:
+    fake_wandb("")
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
+    gone, there = (CheckpointWritten(step, f"step-{step}", 10, 0.1) for step in (1, 2))
+    _run(_tracker(tmp_path), gone, there)
+    uri = (tmp_path / "checkpoints" / "step-2").as_uri()
+    assert calls(tmp_path, "artifact") == [["checkpoint-run-1", "checkpoint", [[uri, False]], ["step-2"]]]
+
+
+def test_a_run_without_steps_is_worth_one_alert_each_time(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("")
+    tracker = _tracker(tmp_path, stalled_after_s=1.0)
+    tracker.start({})
+    for count in (1, 2):
+        _wait_for(lambda: _alerts(tmp_path) == count)  # noqa: B023  # called at once
+        time.sleep(0.5)
+        assert _alerts(tmp_path) == count
+        tracker.log_step(_report(count))
+    tracker.finish()
+    assert calls(tmp_path, "alert")[0] == ["no progress", "WARN", 1.0]
+
+
+def _alerts(directory: Path) -> int:
+    return len(calls(directory, "alert")) if (directory / "calls").exists() else 0
+
+
+def test_what_the_driver_logs_is_repeated_where_wandb_listens(tmp_path: Path, fake_wandb: Install) -> None:
+    fake_wandb("""
+        import logging
+
+        class Note(logging.Handler):
+            def emit(self, record):
+                Path(__file__).with_name("lines").write_text(record.getMessage())
+
+        def on_init(mode):
+            logging.getLogger("holdfast").addHandler(Note())
+    """)
+    tracker, log = _tracker(tmp_path), logging.getLogger("holdfast.launch")
+    log.setLevel(logging.INFO)
+    tracker.start({})
+    log.info("node %d is back", 3)
+    tracker.finish()
+    log.info("and nobody is told of this")
+    log.setLevel(logging.NOTSET)
+    assert (tmp_path / "fake" / "lines").read_text() == "holdfast.launch: node 3 is back"
+
+
+def test_where_nodes_export_metrics_wandb_reads_them_for_its_system_charts(tmp_path: Path) -> None:
+    endpoints = {"node-1": "http://10.0.0.1:8080/metrics"}
+    settings = WandbPlan("r", "p", str(tmp_path), None, 1.0, 1.0).settings(endpoints)
+    assert (settings["x_stats_open_metrics_endpoints"], settings["x_disable_stats"]) == (endpoints, False)
+    real = pytest.importorskip("wandb").Settings
+    assert real(**settings).x_stats_open_metrics_endpoints == endpoints
+
+
+@pytest.mark.parametrize(
+    ("faults", "group", "expected"),
+    [([], "", ("main_job", "train")), (["sigkill rank=1 step=3"], "mine", ("mine", "chaos"))],
+)
+def test_a_run_is_grouped_by_its_experiment_and_one_with_faults_is_chaos(
+    faults: list[str], group: str, expected: tuple[str, str], tmp_path: Path
+) -> None:
+    tracker = build_tracker(
+        TrackerConfig(name=TrackerName.WANDB, group=group),
+        run_id="r",
+        project="p",
+        directory=tmp_path,
+        plain_config={"chaos": {"faults": faults}},
+        attempt=1,
+        group="main_job",
+    )
+    assert isinstance(tracker, HelperTracker)
+    plan = tracker._plan
+    assert isinstance(plan, WandbPlan)
+    assert (plan.group, plan.job_type) == expected
 
 
 def test_a_run_that_does_not_say_how_it_ended_has_failed(tmp_path: Path, fake_wandb: Install) -> None:
     fake_wandb("")
     _run(_tracker(tmp_path), _report(1))
-    assert _calls(tmp_path, "finish") == [[1]]
+    assert calls(tmp_path, "finish") == [[1]]
 
 
 def test_stop_in_the_user_interface_stops_the_run(tmp_path: Path, fake_wandb: Install) -> None:
@@ -283,7 +336,7 @@ def test_stop_in_the_user_interface_stops_the_run(tmp_path: Path, fake_wandb: In
     heard = threading.Event()
     tracker = _tracker(tmp_path)
     tracker._on_stop = lambda reason: heard.set()
-    tracker.start()
+    tracker.start({})
     tracker.log_step(_report(1))
     assert heard.wait(20.0)
     tracker.finish()
@@ -320,10 +373,10 @@ def test_an_init_that_fails_online_falls_back_to_offline(
                 raise RuntimeError("no network")
     """)
     _run(_tracker(tmp_path, mode=None), _report(1))
-    assert [options["mode"] for options, *_ in _calls(tmp_path, "init")] == [None, "offline"]
-    assert len(_calls(tmp_path, "log")) == 1
+    assert [options["mode"] for options, *_ in calls(tmp_path, "init")] == [None, "offline"]
+    assert len(calls(tmp_path, "log")) == 1
     (said,) = [record.message for record in caplog.records]
-    assert "(RuntimeError: no network); this attempt is recorded offline, for `wandb sync`" in said
+    assert "(RuntimeError: no network); this attempt is recorded offline, for `holdfast wandb-sync`" in said
 
 
 def test_an_init_that_hangs_falls_back_to_offline_while_the_run_goes_on(tmp_path: Path, fake_wandb: Install) -> None:
@@ -333,10 +386,10 @@ def test_an_init_that_hangs_falls_back_to_offline_while_the_run_goes_on(tmp_path
                 time.sleep(3600)
     """)
     tracker = _tracker(tmp_path, mode="online", init_timeout_s=0.3, start_grace_s=1.0)
-    tracker.start()
+    tracker.start({})
     for step in range(1, 9):
         tracker.log_step(_report(step))
-    _wait_for(lambda: (tmp_path / "calls").exists() and len(_calls(tmp_path, "log")) == 8)
+    _wait_for(lambda: (tmp_path / "calls").exists() and len(calls(tmp_path, "log")) == 8)
     tracker.finish()
 
 
@@ -348,7 +401,7 @@ def test_a_run_that_is_over_before_init_gives_up_is_still_recorded_offline(tmp_p
     """)
     tracker = _tracker(tmp_path, mode="online", init_timeout_s=90.0, finish_timeout_s=4.0)
     assert _run(tracker, _report(1), RunEnded("finished", 1, 1.0, 0, 0, 0)) < 4.0 + 3.0
-    assert (len(_calls(tmp_path, "log")), _calls(tmp_path, "finish")) == (1, [[0]])
+    assert (len(calls(tmp_path, "log")), calls(tmp_path, "finish")) == (1, [[0]])
 
 
 _HANGING = {
@@ -363,7 +416,7 @@ _HANGING = {
 def test_a_wandb_that_hangs_is_ended_in_time(
     twist: str, tmp_path: Path, fake_wandb: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("holdfast.trainer.trackers._FINISH_GRACE_S", 0.5)
+    monkeypatch.setattr("holdfast.trainer.trackers.helper.FINISH_GRACE_S", 0.5)
     fake_wandb(twist)
     tracker = _tracker(tmp_path, finish_timeout_s=0.5)
     assert _run(tracker, _report(1)) < 5.0
@@ -375,7 +428,7 @@ def test_logging_takes_microseconds_though_wandb_hangs(
 ) -> None:
     fake_wandb("def on_log(values): time.sleep(3600)")
     tracker = _tracker(tmp_path, capacity=500, finish_timeout_s=0.2)
-    tracker.start()
+    tracker.start({})
     took_s = []
     for step in range(1, 5001):
         report, began_s = _report(step), time.perf_counter()
@@ -397,7 +450,7 @@ def test_a_record_that_is_refused_costs_that_record_and_one_warning(
                 raise ValueError("what is this?")
     """)
     _run(_tracker(tmp_path), *(_report(step) for step in range(1, 5)))
-    assert [values["train/step"] for (values,) in _calls(tmp_path, "log")] == [3, 4]
+    assert [values["train/step"] for (values,) in calls(tmp_path, "log")] == [3, 4]
     assert [r.message for r in caplog.records] == ["W&B refused a record, and maybe more: ValueError: what is this?"]
 
 
@@ -406,7 +459,7 @@ def test_a_wandb_that_dies_half_way_is_off_from_there_on(
 ) -> None:
     fake_wandb("def on_log(values): os.kill(os.getpid(), 9)")
     tracker = _tracker(tmp_path)
-    tracker.start()
+    tracker.start({})
     tracker.log_step(_report(1))
     _wait_for(lambda: tracker.log_step(_report(2)) or tracker._is_off)  # type: ignore[func-returns-value]
     tracker.finish()
@@ -418,7 +471,7 @@ def test_the_death_of_the_driver_ends_the_run_in_wandb_and_the_helper(tmp_path: 
     fake_wandb("")
     child = os.posix_spawn(sys.executable, [sys.executable, "-c", _DRIVER, str(tmp_path), *sys.path], os.environ)
     os.waitpid(child, 0)
-    _wait_for(lambda: (tmp_path / "calls").exists() and _calls(tmp_path, "finish") == [[1]])
+    _wait_for(lambda: (tmp_path / "calls").exists() and calls(tmp_path, "finish") == [[1]])
     helper = int((tmp_path / "helper").read_text())
     _wait_for(lambda: not _is_alive(helper))
 
@@ -427,9 +480,9 @@ _DRIVER = """
 import os, sys, time
 from pathlib import Path
 folder, sys.path[:] = Path(sys.argv[1]), sys.argv[2:]
-from holdfast.trainer.trackers import WandbPlan, WandbTracker
-tracker = WandbTracker(WandbPlan("r", "p", str(folder), "offline", 10.0, 10.0), attempt=1)
-tracker.start()
+from holdfast.trainer.trackers import HelperTracker, WandbPlan
+tracker = HelperTracker(WandbPlan("r", "p", str(folder), "offline", 10.0, 10.0), attempt=1)
+tracker.start({})
 while not (folder / "calls").exists():
     time.sleep(0.01)
 (folder / "helper").write_text(str(tracker._helper.pid))
@@ -469,35 +522,15 @@ def test_a_real_offline_run_without_a_network_holds_every_step_and_event(
     assert capfd.readouterr() == ("", "")
 
     (file,) = (tmp_path / "wandb").glob("offline-run-*-run-1/run-run-1.wandb")
-    records = list(_records(file.read_bytes()))
+    written = list(records(file.read_bytes()))
     history = [
         {item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in r.history.item}
-        for r in records
+        for r in written
         if r.WhichOneof("record_type") == "history"
     ]
     losses = [(h["train/step"], h["train/loss"]) for h in history if "train/loss" in h]
     assert losses == [(1, 2.125), (2, 2.125), (2, 2.25), (3, 2.125)]
     assert {h["attempt"] for h in history} == {2}
-    assert [r.metric.step_metric for r in records if r.metric.glob_name == "*"] == ["train/step"]
-    assert [r.alert.title for r in records if r.alert.title] == ["fault 1", "recovered from fault 1"]
-    assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [75]
-
-
-def _records(data: bytes) -> Iterator[Any]:
-    """W&B's transaction log: a header of 7 bytes, then LevelDB's log format with protobuf records."""
-    from wandb.proto import wandb_internal_pb2
-
-    at, parts = 7, b""
-    while at + 7 <= len(data):
-        left_in_block = 32768 - at % 32768
-        if left_in_block < 7:
-            at += left_in_block
-            continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
+    assert [r.metric.step_metric for r in written if r.metric.glob_name == "*"] == ["train/step"]
+    assert [r.alert.title for r in written if r.alert.title] == ["fault 1", "recovered from fault 1"]
+    assert [r.exit.exit_code for r in written if r.WhichOneof("record_type") == "exit"] == [75]

@@ -231,6 +231,21 @@ class Crew:
         missing = wanted - Counter(spare.node for spare in self.spares)
         return [self._start(node, incident, now) for node in sorted(missing.elements())]
 
+    def prepare(self, node: int, *, incident: int, now: float) -> list[StartWorker]:
+        """Start a worker for each seat of a node on the host that it will move to; spares until they are needed."""
+        return [self._start(node, incident, now) for _ in self._seats_of(node)]
+
+    def has_relief(self, nodes: Iterable[int]) -> bool:
+        """The hosts that these nodes have moved to have a warm spare for each of their seats."""
+        wanted = Counter(self._hosts[node] for node in nodes for _ in self._seats_of(node))
+        warm = Counter(spare.host for spare in self.spares if spare.state is WorkerState.IDLE)
+        return wanted <= warm
+
+    def left_behind(self, node: int, host: str) -> list[Worker]:
+        """Workers of a node that are on a host which it leaves, and the spares there."""
+        seated = [self._seats[seat] for seat in self._seats_of(node)]
+        return [w for w in [*seated, *self.spares] if w is not None and w.host == host]
+
     def _seats_of(self, node: int) -> range:
         per_node = self._layout.workers_per_node
         return range(node * per_node, (node + 1) * per_node)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-__all__ = ["Address", "Completion", "Fleet", "Lost", "Report", "Role"]
+__all__ = ["Address", "Completion", "Draining", "Fleet", "Lost", "Report", "Role"]
 
 
 class Role(str, Enum):
@@ -46,6 +46,16 @@ class Lost:
     cause: str
 
 
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """A machine will be taken away."""
+
+    host: str
+    within_s: float
+    """Infinite if nobody has said."""
+    reason: str
+
+
 Report = Completion | Lost
 
 
@@ -60,6 +70,11 @@ class Fleet(Protocol):
 
     def hosts(self, nodes: int) -> Sequence[str]:
         """Name of the machine under each (virtual) node; changes when a node moves, before its losses are reported."""
+        ...
+
+    def draining(self) -> Mapping[int, Draining]:
+        """(Virtual) nodes whose machine will be taken away, as far as is known; asked often, so it must return at once.
+        Once there is room elsewhere the node moves: ``hosts`` changes, and what lives on the old machine stays there."""
         ...
 
     def zones(self, nodes: int) -> Sequence[str]:

@@ -122,8 +122,10 @@ def _phase(run: Situation, worker: Worker) -> str:
 def fault(run: Situation, losses: Sequence[Loss], now: float) -> None:
     """Gather again, unless the run stops anyway or has had enough."""
     top_step = run.watch.top_step if run.watch is not None else 0
-    losses = [*losses, *_left_behind(run, {loss.node for loss in losses if not loss.is_victim}, now)]
-    for loss in preemption.foresee(run, losses):
+    losses = preemption.foresee(run, losses)
+    losses += _left_behind(run, {loss.node for loss in losses if not loss.is_victim}, now)
+    preemption.conclude(run, losses)
+    for loss in losses:
         if not loss.had_started and elastic.is_excused(run, loss, now):
             loss = replace(loss, joined=-1)
         run.ledger.record(loss, last_step=top_step, now=now)
@@ -158,7 +160,7 @@ def _left_behind(run: Situation, nodes: Collection[int | None], now: float) -> l
         if run.keepers.has(node):
             losses += lose_keeper(run, node, why, now)
             run.act(m.KillKeeper(node, why))
-    return losses
+    return [replace(loss, is_preemption=True) for loss in losses]
 
 
 def gather(run: Situation, now: float, *, is_planned: bool = False) -> None:

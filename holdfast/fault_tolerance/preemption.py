@@ -20,7 +20,7 @@ from holdfast.fault_tolerance.incidents import Loss
 from holdfast.fault_tolerance.lanes import Recorded, lost_beyond_repair
 from holdfast.fault_tolerance.situation import Move, Notice, Situation, Stage
 
-__all__ = ["begin_to_move", "forget", "foresee", "is_settled", "look", "moved", "noticed"]
+__all__ = ["begin_to_move", "conclude", "forget", "foresee", "is_settled", "look", "moved", "noticed"]
 
 _LEAST_S = 10.0
 """Before the end of a node its ranks leave it, warm workers elsewhere or not."""
@@ -95,11 +95,14 @@ def _against_parity(run: Situation, move: Move) -> str:
 
 def foresee(run: Situation, losses: Sequence[Loss]) -> list[Loss]:
     """Tell the losses that were announced from those that were not."""
-    judged = [replace(loss, is_preemption=run.is_expected(loss)) for loss in losses]
-    for loss in judged:
-        if loss.is_preemption and not loss.is_victim and not loss.ranks and loss.node is not None:  # a keeper: all is gone
+    return [replace(loss, is_preemption=loss.is_preemption or run.is_expected(loss)) for loss in losses]
+
+
+def conclude(run: Situation, losses: Sequence[Loss]) -> None:
+    """A node whose keeper has gone, as announced, is one that replacements have been started for."""
+    for loss in losses:
+        if loss.node in run.notices and loss.is_preemption and not loss.is_victim and not loss.ranks:
             run.notices[loss.node].is_over = True
-    return judged
 
 
 def forget(run: Situation) -> None:

@@ -36,7 +36,7 @@ from holdfast.launch import conductor as conductor_module
 from holdfast.launch.conductor import Conductor, Verdict
 from holdfast.launch.crew import ProcessSpecs
 from holdfast.launch.durable import DurableTier
-from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
+from holdfast.launch.fleet import Address, Completion, Draining, Lost, Report, Role
 from holdfast.trainer.config import TrainerConfig
 from holdfast.types import Phase, StepReport
 
@@ -86,6 +86,7 @@ class _Fleet:
         """The next answer of a process to a method is this error."""
         self.alive: set[Address] = set()
         self.homes = ["here"] * _WORLD
+        self.notices: dict[int, Draining] = {}
         self.notes: list[dict[str, Any]] = []
         """What rank 0 has to tell besides steps."""
         self.memory: dict[int, dict[int, int]] = {rank: {} for rank in range(_WORLD)}
@@ -103,6 +104,9 @@ class _Fleet:
 
     def hosts(self, nodes: int) -> Sequence[str]:
         return tuple(self.homes[:nodes])
+
+    def draining(self) -> Mapping[int, Draining]:
+        return self.notices
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         assert target not in self.alive, f"{target} is started although it lives"
@@ -956,7 +960,7 @@ def test_whoever_leaves_at_once_has_what_is_on_disk_already(run: _Run) -> None:
         yield from run.pause(0.5)
 
     run.watch(story)
-    verdict = run.conductor.leave(130)
+    verdict = run.conductor.leave(130, "a second signal")
     assert (verdict.outcome, verdict.exit_code, verdict.step, run.on_disk()) == ("stopped", 130, 4, [4])
     assert len(run.events.of(CheckpointWritten)) == 1
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.events import Waiting
-from holdfast.fault_tolerance import elastic
+from holdfast.fault_tolerance import elastic, preemption, stopping
 from holdfast.fault_tolerance import messages as m
-from holdfast.fault_tolerance import preemption, stopping
 from holdfast.fault_tolerance.faults import discard, fault, gather, lose_keeper, loss_of, mourn, vacate
 from holdfast.fault_tolerance.incidents import Loss
 from holdfast.fault_tolerance.membership import Worker, WorkerState

@@ -52,7 +52,9 @@ def worker_parked(run: Situation, message: m.WorkerParked, now: float) -> None:
     was_asked = worker.state is WorkerState.LEAVING
     worker.rest(outcome, now)
     run.sources.left(worker.rank, message.live, message.epoch)
-    if outcome is m.Outcome.FINISHED or (outcome is m.Outcome.STOPPED and run.stage in (Stage.STOP, Stage.GROW, Stage.MOVE)):
+    if outcome is m.Outcome.FINISHED or (
+        outcome is m.Outcome.STOPPED and run.stage in (Stage.STOP, Stage.GROW, Stage.MOVE)
+    ):
         _conclude(run, worker)
         if run.move is not None:
             run.move.boundary = max(run.move.boundary, message.version)

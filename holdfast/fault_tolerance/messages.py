@@ -305,7 +305,7 @@ class KillKeeper(Action):
 
 @dataclass(frozen=True, slots=True)
 class Persist(Action):
-    """Write the newest version that every rank holds as a durable checkpoint; answer Persisted. A fence ends the try."""
+    """Write the newest version that every rank holds to a checkpoint; answer Persisted. A fence ends the try."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from holdfast.fault_tolerance.incidents import Loss
 from holdfast.fault_tolerance.lanes import Recorded, lost_beyond_repair
 from holdfast.fault_tolerance.situation import Move, Notice, Situation, Stage
 
-__all__ = ["begin_to_move", "conclude", "forget", "foresee", "is_settled", "look", "moved", "noticed"]
+__all__ = ["begin_to_move", "conclude", "foresee", "forget", "is_settled", "look", "moved", "noticed"]
 
 _LEAST_S = 10.0
 """Before the end of a node its ranks leave it, warm workers elsewhere or not."""

@@ -52,10 +52,9 @@ def _short_grace(config: RunConfig) -> dict[str, str]:
     waits_s = knobs.ray_stop_wait_s()
     if waits_s is None or waits_s >= _ENOUGH_S:
         return {}
-    return {
-        "stop": f"`ray job stop` leaves {waits_s:g} s to save, {config.recovery.stop_grace_s:g} s of them are used; set "
-        "RAY_JOB_STOP_WAIT_TIME_S in env_vars of the runtime environment"
-    }
+    grace = f"recovery.stop_grace_s={config.recovery.stop_grace_s:g}"
+    advice = "set RAY_JOB_STOP_WAIT_TIME_S in env_vars of the runtime environment"
+    return {"stop": f"`ray job stop` leaves {waits_s:g} s to save ({grace}); {advice}"}
 
 
 def _shortened(how: str) -> str:

@@ -73,8 +73,8 @@ class Fleet(Protocol):
         ...
 
     def draining(self) -> Mapping[int, Draining]:
-        """(Virtual) nodes whose machine will be taken away, as far as is known; asked often, so it must return at once.
-        Once there is room elsewhere the node moves: ``hosts`` changes, and what lives on the old machine stays there."""
+        """(Virtual) nodes whose machine will be taken away, as far as is known; asked often, and returns at once. When
+        there is room elsewhere the node moves: ``hosts`` changes, and what lives on the old machine stays there."""
         ...
 
     def zones(self, nodes: int) -> Sequence[str]:

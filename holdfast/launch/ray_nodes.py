@@ -120,8 +120,8 @@ class RayNodes:
         return self._homes[node].name in self._stranded or self._homes[node].name in self._doomed
 
     def shun(self, doomed: Collection[str]) -> dict[int, RayNode]:
-        """These Ray nodes, by name, will be taken away: nobody moves there, and who lives on one moves out of it as soon
-        as there is room elsewhere; who has moved now, and from where."""
+        """These Ray nodes, by name, will be taken away: nobody moves there, and who lives on one moves out of it when
+        there is room elsewhere; who has moved now, and from where."""
         self._doomed = frozenset(doomed)
         if not any(home.name in self._doomed for home in self._homes):
             return {}

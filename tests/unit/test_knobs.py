@@ -12,7 +12,6 @@ import holdfast
 from holdfast import knobs
 from holdfast.fault_tolerance.config import RecoveryConfig
 
-
 _OF_RAY_JOBS = ("RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 

@@ -20,6 +20,7 @@ from holdfast.events import (
     Evaluated,
     FaultDetected,
     MemoryEvents,
+    PreemptionNoticed,
     RecoveryPlanned,
     StopRequested,
 )
@@ -318,10 +319,11 @@ class _Run:
         durable = DurableTier(
             str(root / "checkpoints"), self.config.snapshot, world=_WORLD, config_digest="cfg", events=self.events
         )
+        self.supervisor = Supervisor(layout, self.config.recovery, now=self.clock.now())
         self.conductor = Conductor(
             self.config,
             fleet=self.fleet,
-            supervisor=Supervisor(layout, self.config.recovery, now=self.clock.now()),
+            supervisor=self.supervisor,
             layout=layout,
             specs=ProcessSpecs(worker={"for": "workers"}, keeper={"for": "keepers"}),
             durable=durable,
@@ -802,6 +804,70 @@ def test_a_run_that_is_stopped_leaves_at_a_step_boundary_and_is_saved(run: _Run)
 
 
 @pytest.mark.parametrize("method", ["ready", "admit", "attach", "inventory", "forget_above"])
+def _hung_step(run: _Run, told: str = "SIGTERM received") -> Story:
+    """Step 6 is finished, the next one is not when somebody wants to stop."""
+    yield from run.training(1)
+    run.fleet.train(6)
+    yield from run.pause(0.5)
+    run.fleet.held_back |= {(_worker(number), "stop") for number in range(_WORLD)}
+    run.conductor.stop(told)
+
+
+def test_what_is_finished_is_on_disk_long_before_ranks_that_do_not_leave_are_given_up(run: _Run) -> None:
+    began, saved_s = run.clock.now(), list[float]()
+
+    def story() -> Story:
+        yield from _hung_step(run)
+        yield from run.until(lambda: run.on_disk() == [6])
+        saved_s.append(run.clock.now() - began)
+
+    verdict = run.play(story)
+    grace_s = run.config.recovery.stop_grace_s
+    assert (verdict.outcome, verdict.exit_code, verdict.step) == ("stopped", 75, 6)
+    assert saved_s[0] < 0.2 * grace_s < 0.4 * grace_s < run.clock.now() - began < 0.6 * grace_s
+    assert "had not left the step with" in verdict.reason
+    assert len(run.events.of(CheckpointWritten)) == 1, "nothing newer came"
+
+
+def test_a_checkpoint_that_is_being_written_when_ranks_are_given_up_is_finished(run: _Run) -> None:
+    grace_s = run.config.recovery.stop_grace_s
+    run.fleet.held_back.add((_keeper(1), "persist"))
+
+    def story() -> Story:
+        yield from _hung_step(run)
+        yield from run.until(lambda: any(method == "SIGKILL" or method == "fence" for method, _ in run.fleet.log[-4:]))
+        yield from run.pause(0.1 * grace_s)
+        run.fleet.held_back.clear()
+
+    verdict = run.play(story)
+    assert (verdict.outcome, verdict.step, run.on_disk()) == ("stopped", 6, [6])
+    assert [method for method, target in run.fleet.log if target == _keeper(0)].count("persist") == 1
+
+
+def test_a_notice_is_told_before_the_move_that_it_causes_and_the_newest_version_goes_to_disk(
+    run: _Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, handle = list[m.Message](), run.supervisor.handle
+
+    def noted(message: m.Message, now: float) -> list[m.Action]:
+        told.append(message)
+        return handle(message, now)
+
+    monkeypatch.setattr(run.supervisor, "handle", noted)
+
+    def story() -> Story:
+        yield from run.training(1)
+        run.fleet.train(4)
+        run.fleet.notices, run.fleet.homes[1] = {1: Draining("here", 30.0, "spot")}, "there"
+        yield from run.until(lambda: run.on_disk() == [4])
+        yield
+
+    run.watch(story)
+    news = [message for message in told if isinstance(message, m.NodeDraining | m.NodeMoved | m.Persisted)]
+    assert news == [m.NodeDraining(1, "here", 30.0, "spot"), m.NodeMoved(1, "there"), m.Persisted(4)]
+    assert [event.node for event in run.events.of(PreemptionNoticed)] == [1]
+
+
 def test_a_run_that_is_stopped_while_it_starts_has_nothing_to_save(run: _Run, method: str) -> None:
     late = _worker(1) if method == "attach" else _keeper(1)
     run.fleet.held_back.add((late, method))

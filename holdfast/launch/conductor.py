@@ -207,7 +207,9 @@ class Conductor:
         """What nobody may be there to save a moment later."""
         for step in self._durable.written():
             self._tell(m.Persisted(step))
-        if self._supervisor.state is State.STOPPING and self._has_all_keepers():
+        if not self._has_all_keepers():
+            return
+        if self._supervisor.state is State.STOPPING:
             self._save.look(now, self._supervisor.stop_by_s, self._config.recovery.stop_grace_s)
         elif self._is_wanted_on_disk and self._durable.is_idle:
             self._is_wanted_on_disk = False

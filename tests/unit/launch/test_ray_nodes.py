@@ -196,4 +196,4 @@ def test_nobody_moves_to_a_node_that_will_be_taken_away() -> None:
     cluster.silent = {"b"}
     nodes.leave_silent(0)
     assert _names(nodes) == "cc"
-    assert _names(RayNodes(2, cluster.look, answers=cluster.answers, doomed={"a", "b", "c"})) == "ac", "better than none"
+    assert _names(RayNodes(2, cluster.look, answers=cluster.answers, doomed=set("abc"))) == "ac", "better than none"

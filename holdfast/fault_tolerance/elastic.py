@@ -148,5 +148,5 @@ def _try_absent_nodes(run: Situation, now: float) -> None:
 
 
 def _start(run: Situation, nodes: Sequence[int], now: float) -> None:
-    run.act(*run.keepers.fill(nodes, incident=run.ledger.incidents, now=now))
+    run.act(*run.keepers.fill(nodes, run.crew.host_of, incident=run.ledger.incidents, now=now))
     run.act(*run.crew.fill_seats(nodes, incident=run.ledger.incidents, now=now))

@@ -152,14 +152,13 @@ def _left_behind(run: Situation, nodes: Collection[int | None], now: float) -> l
     """Of the nodes that have another host by now, what is not there: keeper and workers share memory."""
     losses: list[Loss] = []
     for node, notice in run.notices.items() if run.stage is not Stage.STOP else ():
-        if node not in nodes or not notice.has_home or notice.is_over:
+        if node not in nodes:
             continue
-        notice.is_over = True
         why = f"node {node} is to be taken away ({notice.reason}) and moves to another host"
         for worker in run.crew.left_behind(node, notice.host):
             losses += [] if worker.rank is None else [loss_of(run, worker, why, now)]
             discard(run, worker, why)
-        if run.keepers.has(node):
+        if run.keepers.host_of(node) not in (None, run.crew.host_of(node)):
             losses += lose_keeper(run, node, why, now)
             run.act(m.KillKeeper(node, why))
     return [replace(loss, is_preemption=True) for loss in losses]

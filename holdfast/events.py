@@ -20,6 +20,7 @@ __all__ = [
     "FaultInjected",
     "Generated",
     "MemoryEvents",
+    "PreemptionNoticed",
     "Protection",
     "ProtectionFailed",
     "RecoveryDone",
@@ -93,6 +94,19 @@ class FaultDetected(Event):
     last_step: int
     detected_after_s: float
     """Seconds since the last sign of life of the first rank lost."""
+    is_preemption: bool = False
+    """It was announced, see :class:`PreemptionNoticed`, and is no failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionNoticed(Event):
+    """A node will be taken away."""
+
+    node: int
+    host: str
+    within_s: float | None
+    """Seconds until it goes; None if nobody has said."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +153,9 @@ class RecoveryDone(Event):
     failures_allowed: int
     split_s: dict[str, float]
     """detect, regroup, restore, first_step."""
+    preemptions: int = 0
+    preemptions_allowed: int = 0
+    """0 is no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +321,8 @@ class RunEnded(Event):
     steps_lost: int
     exit_code: int
     reason: str = ""
+    preemptions: int = 0
+    """Of the faults."""
 
 
 class EventSink(Protocol):

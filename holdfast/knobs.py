@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
-__all__ = ["PREFIX", "home", "ray_address", "set_knobs", "wandb_key"]
+__all__ = ["PREFIX", "home", "ray_address", "ray_stop_wait_s", "set_knobs", "stop_grace_s", "wandb_key"]
 
 PREFIX = "HOLDFAST_"
+
+_STOP_GRACE_S = 60.0
+_RAY_STOP_WAIT_S = 3.0
+"""What ``ray job stop`` waits between SIGTERM and SIGKILL unless RAY_JOB_STOP_WAIT_TIME_S says otherwise."""
+_SHARE = 0.9
+"""Of the time before SIGKILL, so that the last words are written too."""
 
 
 def home() -> Path:
@@ -23,6 +30,23 @@ def ray_address() -> str | None:
 def wandb_key() -> str | None:
     """W&B's own ``WANDB_API_KEY``; without one the tracker stays offline (config key ``tracker.mode``)."""
     return os.environ.get("WANDB_API_KEY") or None
+
+
+def ray_stop_wait_s() -> float | None:
+    """Seconds that ``ray job stop`` leaves this driver, from Ray's own ``RAY_JOB_STOP_WAIT_TIME_S``; None if the driver
+    is no Ray job and the variable is not set."""
+    try:
+        waits_s = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S") or 0.0)
+    except ValueError:  # Ray does not understand it either
+        waits_s = 0.0
+    is_job = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    return waits_s if 0.0 < waits_s < math.inf else _RAY_STOP_WAIT_S if is_job else None
+
+
+def stop_grace_s() -> float:
+    """Default of config key ``recovery.stop_grace_s``: nine tenths of what Ray leaves a job, 60 s elsewhere."""
+    waits_s = ray_stop_wait_s()
+    return _STOP_GRACE_S if waits_s is None else round(_SHARE * waits_s, 3)
 
 
 def set_knobs() -> dict[str, str]:

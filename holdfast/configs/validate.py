@@ -200,6 +200,7 @@ _RULES: Mapping[str, _Rule] = {
     "recovery.start_timeout_s": _SECONDS,
     "recovery.step_timeout_s": _SECONDS,
     "recovery.max_failures": _COUNT,
+    "recovery.max_preemptions": (partial(_is_at_least, 0), "at least 0, where 0 is no limit"),
     "recovery.max_no_progress": _POSITIVE_COUNT,
     "recovery.stop_grace_s": _SECONDS,
     "recovery.shrink_after_s": (lambda v: 0 <= v < math.inf, "at least 0, where 0 never goes on with fewer nodes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from holdfast import knobs
 from holdfast.fault_tolerance.stage_policy import MomentRepair, RateMode, Repair
 
 __all__ = ["ChaosConfig", "RecoveryConfig", "SnapshotConfig", "StageConfig"]
@@ -89,10 +90,15 @@ class RecoveryConfig:
     """Without a finished step for this long the slowest rank is replaced."""
     max_failures: int = 10
     """Faults the run survives; the next one ends it with exit code 1."""
+    max_preemptions: int = 0
+    """Preemptions the run survives, which are no failures: nodes that went after a notice, and ranks that moved because
+    of one; the next one ends it with exit code 1. 0 is no limit."""
     max_no_progress: int = 3
     """Recoveries in a row without a new step before the run gives up with exit code 93."""
-    stop_grace_s: float = 60.0
-    """Seconds a graceful stop may take before workers are killed."""
+    stop_grace_s: float = field(default_factory=knobs.stop_grace_s)
+    """Seconds from the first signal to the end of the run, which saves what it can in them: half may pass until the
+    ranks have left their step, the rest is for the checkpoint. 60, or nine tenths of what ``ray job stop`` leaves a
+    Ray job: RAY_JOB_STOP_WAIT_TIME_S, 3 s unless it is set."""
     shrink_after_s: float = 0.0
     """A node that has not been ready for this long after its loss is done without: the run goes on with the others from
     the same version; 0 waits for it until the failures are used up."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.events import Waiting
-from holdfast.fault_tolerance import elastic
+from holdfast.fault_tolerance import elastic, preemption, stopping
 from holdfast.fault_tolerance import messages as m
-from holdfast.fault_tolerance.faults import discard, fault, gather, lose_keeper, loss_of, mourn
+from holdfast.fault_tolerance.faults import discard, fault, gather, lose_keeper, loss_of, mourn, vacate
 from holdfast.fault_tolerance.incidents import Loss
 from holdfast.fault_tolerance.membership import Worker, WorkerState
 from holdfast.fault_tolerance.policy import name_ranks
@@ -28,10 +28,11 @@ def tick(run: Situation, message: m.Tick, now: float) -> None:
         fault(run, losses, now)
     elif now >= run.deadline_s:
         _late_answer(run, now)
-    elif run.stage in (Stage.RUN, Stage.GROW, Stage.STOP):
+    elif run.stage in (Stage.RUN, Stage.GROW, Stage.MOVE, Stage.STOP):
         _look_for_suspects(run, now)
-    if run.stage is not Stage.OVER:
-        elastic.look(run, now)
+    for look in (stopping.look, preemption.look, elastic.look):
+        if run.stage is not Stage.OVER:
+            look(run, now)
     _say_what_is_missing(run, now)
 
 
@@ -84,9 +85,12 @@ def _late_answer(run: Situation, now: float) -> None:
         refuse_checkpoint(run, f"not loaded within {run.recovery.step_timeout_s:.1f} s", now)
     elif run.stage is Stage.GROW:
         grow(run, now)
+    elif run.stage is Stage.MOVE:
+        vacate(run, now)
     elif run.stage is Stage.STOP:
         late = _names(run.crew.in_state(WorkerState.TRAINING))
-        run.stopped(f"{run.stop_reason}; {late} had not stopped after {run.recovery.stop_grace_s:.1f} s", now)
+        left_s = run.stop_by_s - now
+        run.stopped(f"{run.stop_reason}; {late} had not left the step with {left_s:.1f} s to go", now)
 
 
 def _late_inventory(run: Situation, now: float) -> None:
@@ -97,7 +101,7 @@ def _late_inventory(run: Situation, now: float) -> None:
     for worker in silent:
         discard(run, worker, f"no heartbeat while {cause}")
     losses = [loss_of(run, w, f"no heartbeat while {cause}", run.beats[w.worker].beat_s) for w in silent]
-    fault(run, losses or [Loss(cause, now - after_s, joined=run.ledger.failures)], now)
+    fault(run, losses or [Loss(cause, now - after_s, joined=run.ledger.incidents)], now)
 
 
 def _is_silent(run: Situation, beat: m.BeatSeen, now: float) -> bool:

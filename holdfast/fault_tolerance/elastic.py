@@ -52,7 +52,7 @@ def start_missing(run: Situation, now: float) -> None:
 def begin_to_grow(run: Situation, now: float) -> None:
     """While the ranks train: if more nodes could take part, ask the ranks to leave together. Not before a version of
     the epoch has its parity: a change of membership is a risk that can wait."""
-    if run.ledger.outage is None and run.encoded_epoch == run.epoch and _larger(run):
+    if run.ledger.outage is None and run.encoded[0] == run.epoch and _larger(run):
         run.stage, run.deadline_s = Stage.GROW, now + run.recovery.stop_grace_s
         run.act(m.StopEpoch(run.epoch))
 
@@ -130,6 +130,7 @@ def _larger(run: Situation) -> tuple[int, ...]:
 def _change(run: Situation, nodes: Sequence[int], reason: str) -> None:
     before = run.roster
     run.roster = roster = run.layout.roster(before.number + 1, nodes)
+    run.is_memory_whole = False
     run.crew.move_to(roster)
     run.keepers.move_to(roster)
     run.sources.move_to(roster)
@@ -147,5 +148,5 @@ def _try_absent_nodes(run: Situation, now: float) -> None:
 
 
 def _start(run: Situation, nodes: Sequence[int], now: float) -> None:
-    run.act(*run.keepers.fill(nodes, incident=run.ledger.failures, now=now))
-    run.act(*run.crew.fill_seats(nodes, incident=run.ledger.failures, now=now))
+    run.act(*run.keepers.fill(nodes, run.crew.host_of, incident=run.ledger.incidents, now=now))
+    run.act(*run.crew.fill_seats(nodes, incident=run.ledger.incidents, now=now))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from holdfast.fault_tolerance import elastic
+from holdfast.fault_tolerance import elastic, preemption
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.incidents import Loss
 from holdfast.fault_tolerance.membership import Worker, WorkerState
@@ -20,6 +20,7 @@ __all__ = [
     "lose_keeper",
     "loss_of",
     "mourn",
+    "vacate",
     "worker_lost",
     "worker_parked",
 ]
@@ -51,8 +52,12 @@ def worker_parked(run: Situation, message: m.WorkerParked, now: float) -> None:
     was_asked = worker.state is WorkerState.LEAVING
     worker.rest(outcome, now)
     run.sources.left(worker.rank, message.live, message.epoch)
-    if outcome is m.Outcome.FINISHED or (outcome is m.Outcome.STOPPED and run.stage in (Stage.STOP, Stage.GROW)):
+    if outcome is m.Outcome.FINISHED or (
+        outcome is m.Outcome.STOPPED and run.stage in (Stage.STOP, Stage.GROW, Stage.MOVE)
+    ):
         _conclude(run, worker)
+        if run.move is not None:
+            run.move.boundary = max(run.move.boundary, message.version)
     elif outcome is m.Outcome.ERROR:
         # An exception in somebody's code may leave anything behind: threads, half-written state, device memory.
         discard(run, worker, "it raised an exception; a fresh process takes its place")
@@ -83,6 +88,7 @@ def lose_keeper(run: Situation, node: int, cause: str, now: float) -> list[Loss]
     incident = run.keepers.lose(node)
     if incident is None or node not in run.roster.nodes:
         return []
+    run.is_memory_whole = False
     return [Loss(cause, now, node=node, joined=incident, had_started=was_ready)]
 
 
@@ -118,17 +124,44 @@ def _phase(run: Situation, worker: Worker) -> str:
 def fault(run: Situation, losses: Sequence[Loss], now: float) -> None:
     """Gather again, unless the run stops anyway or has had enough."""
     top_step = run.watch.top_step if run.watch is not None else 0
+    losses = preemption.foresee(run, losses)
+    losses += _left_behind(run, {loss.node for loss in losses if not loss.is_victim}, now)
+    preemption.conclude(run, losses)
     for loss in losses:
         if not loss.had_started and elastic.is_excused(run, loss, now):
             loss = replace(loss, joined=-1)
         run.ledger.record(loss, last_step=top_step, now=now)
     if run.stage is Stage.STOP:
         run.stopped(f"{run.stop_reason}; a fault while stopping was not repaired", now)
+    elif run.ledger.is_used_up and run.stop_reason:
+        run.stopped(f"{run.stop_reason}; {run.ledger.used_up()}", now)
     elif run.ledger.is_used_up:
         run.announce_first(run.ledger.news(now, at_once=True))
         run.failed(1, run.ledger.used_up(), now)
     else:
         gather(run, now)
+
+
+def vacate(run: Situation, now: float) -> None:
+    """End what the nodes that move have left on their old hosts; the rest is a recovery."""
+    assert run.move is not None, "somebody wants to move"
+    fault(run, _left_behind(run, set(run.move.nodes), now), now)
+
+
+def _left_behind(run: Situation, nodes: Collection[int | None], now: float) -> list[Loss]:
+    """Of the nodes that have another host by now, what is not there: keeper and workers share memory."""
+    losses: list[Loss] = []
+    for node, notice in run.notices.items() if run.stage is not Stage.STOP else ():
+        if node not in nodes:
+            continue
+        why = f"node {node} is to be taken away ({notice.reason}) and moves to another host"
+        for worker in run.crew.left_behind(node, notice.host):
+            losses += [] if worker.rank is None else [loss_of(run, worker, why, now)]
+            discard(run, worker, why)
+        if run.keepers.host_of(node) not in (None, run.crew.host_of(node)):
+            losses += lose_keeper(run, node, why, now)
+            run.act(m.KillKeeper(node, why))
+    return [replace(loss, is_preemption=True) for loss in losses]
 
 
 def gather(run: Situation, now: float, *, is_planned: bool = False) -> None:

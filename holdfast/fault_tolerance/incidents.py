@@ -36,6 +36,8 @@ class Loss:
     """Suffers from a fault whose cause is not known yet."""
     had_started: bool = True
     """False for a process that was lost before it was ready."""
+    is_preemption: bool = False
+    """The loss was announced; of a victim, may follow from one that was."""
 
 
 @dataclass(slots=True)
@@ -51,13 +53,21 @@ class Incident:
     victims: list[int] = field(default_factory=list)
     symptom: str = ""
     is_announced: bool = False
+    _was_expected: bool = False
+    _may_be_expected: bool = False
+
+    @property
+    def is_preemption(self) -> bool:
+        """Something in it was announced; what else went then followed from that."""
+        return self._was_expected or (self.first is None and self._may_be_expected)
 
     def add(self, loss: Loss) -> None:
-        """Before the announcement."""
         if loss.is_victim:
+            self._may_be_expected |= loss.is_preemption
             self.victims += loss.ranks
             self.symptom = self.symptom or _first_line(loss.cause)
             return
+        self._was_expected |= loss.is_preemption
         self.first = self.first or loss
         self.ranks += loss.ranks
 
@@ -75,6 +85,7 @@ class Incident:
             phase=first.phase,
             last_step=self.last_step,
             detected_after_s=max(self.opened_s - first.last_seen_s, 0.0),
+            is_preemption=self.is_preemption,
         )
 
 
@@ -112,9 +123,10 @@ class _Trial:
 class Ledger:
     """Counts incidents, keeps their story and says when enough is enough."""
 
-    def __init__(self, *, max_failures: int, max_no_progress: int) -> None:
+    def __init__(self, *, max_failures: int, max_no_progress: int, max_preemptions: int = 0) -> None:
         self._max_failures, self._max_no_progress = max_failures, max_no_progress
-        self.failures = 0
+        self._max_preemptions = max_preemptions
+        self._incidents: list[Incident] = []
         self.steps_lost = 0
         self.best_step = 0
         """Most steps that any rank ever finished."""
@@ -128,8 +140,21 @@ class Ledger:
     # -- incidents ------------------------------------------------------------------------------------------------
 
     @property
+    def incidents(self) -> int:
+        """Failures and preemptions; the number of the newest one."""
+        return len(self._incidents)
+
+    @property
+    def preemptions(self) -> int:
+        return sum(incident.is_preemption for incident in self._incidents)
+
+    @property
+    def failures(self) -> int:
+        return self.incidents - self.preemptions
+
+    @property
     def is_used_up(self) -> bool:
-        return self.failures > self._max_failures
+        return self.failures > self._max_failures or 0 < self._max_preemptions < self.preemptions
 
     def record(self, loss: Loss, *, last_step: int, now: float) -> None:
         """Open an incident, or add to the open one what follows from it."""
@@ -138,8 +163,7 @@ class Ledger:
             incident = self._begin(last_step, now)
         if incident.is_announced:
             self._also_lost(loss)
-        else:
-            incident.add(loss)
+        incident.add(loss)
 
     def news(self, now: float, *, at_once: bool = False) -> list[Event]:
         """What to announce. An incident without a known cause is held back for a while unless ``at_once``."""
@@ -153,15 +177,18 @@ class Ledger:
 
     def used_up(self) -> str:
         """Why the run ends when the budget is used up."""
-        return f"recovery.max_failures={self._max_failures} is used up: {'; '.join(self.history)}"
+        option, limit = "max_failures", self._max_failures
+        if self.failures <= self._max_failures:
+            option, limit = "max_preemptions", self._max_preemptions
+        return f"recovery.{option}={limit} is used up: {'; '.join(self.history)}"
 
     def _begin(self, last_step: int, now: float) -> Incident:
         if self._open is not None and not self._open.is_announced:
             self._tell(self._open)
-        self.failures += 1
-        self._open = Incident(self.failures, now, last_step)
+        self._open = Incident(self.incidents + 1, now, last_step)
+        self._incidents.append(self._open)
         if self.outage is None:
-            self.outage = Outage(self.failures, began_s=now)
+            self.outage = Outage(self.incidents, began_s=now)
         return self._open
 
     def _tell(self, incident: Incident) -> None:
@@ -169,7 +196,8 @@ class Ledger:
         incident.is_announced = True
         self._news.append(event)
         where = f" ({name_ranks(event.ranks)})" if event.ranks else ""
-        self.history.append(f"fault {event.number}{where} at step {event.last_step}: {_first_line(event.cause)}")
+        kind = "preemption" if event.is_preemption else "fault"
+        self.history.append(f"{kind} {event.number}{where} at step {event.last_step}: {_first_line(event.cause)}")
         if self.outage is not None and self.outage.number == event.number:
             self.outage.detect_s = event.detected_after_s
 
@@ -201,9 +229,10 @@ class Ledger:
         trial, self._trial = self._trial, None
         if trial is None:
             return
+        was_announced = self._open is not None and self._open.is_preemption
         if self.best_step > trial.best_before:
             self._fruitless = 0
-        elif trial.is_restart:
+        elif trial.is_restart and not was_announced:  # the state is not to blame for a node that was taken away
             self._fruitless += 1
 
     @property
@@ -232,7 +261,7 @@ class Ledger:
         self.steps_lost += lost
         return [
             RecoveryDone(
-                number=self.failures,
+                number=self.incidents,
                 epoch=watch.epoch,
                 step=watch.resumed_step,
                 repaired_in_s=now - outage.began_s,
@@ -241,6 +270,8 @@ class Ledger:
                 failures=self.failures,
                 failures_allowed=self._max_failures,
                 split_s=outage.split_s(now),
+                preemptions=self.preemptions,
+                preemptions_allowed=self._max_preemptions,
             )
         ]
 

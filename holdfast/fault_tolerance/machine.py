@@ -4,13 +4,14 @@
 
     start ─▶ GATHER ─▶ INVENTORY ─▶ (LOAD ─▶) RUN ─▶ OVER
                ▲           any loss │        │ └─▶ STOP ─▶ OVER
-               └────────────────────┴─ GROW ◀┘
+               └───────────── GROW, MOVE ◀────┘
 
 GATHER waits until every seat has an idle worker and every keeper answers. INVENTORY asks what could be restored
 and from where, LOAD brings a durable checkpoint into memory, RUN trains. A loss in any of them begins a new epoch
 and gathers again with what is left; so there is one way into an epoch, for the first start, for a resume
 and for every recovery. A node that does not come back may be done without, and GROW lets the ranks leave together
-when it has come back after all: see :mod:`holdfast.fault_tolerance.elastic`. Each wait has a deadline and each
+when it has come back after all: see :mod:`holdfast.fault_tolerance.elastic`. MOVE does the same before a node is taken
+away: see :mod:`holdfast.fault_tolerance.preemption`. Each wait has a deadline and each
 deadline that passes is charged to a budget: whatever happens, a run either trains or ends.
 """
 
@@ -21,8 +22,7 @@ from enum import Enum
 from typing import Any
 
 from holdfast.errors import InvariantViolation
-from holdfast.events import StopRequested
-from holdfast.fault_tolerance import deadlines, elastic, faults, regroup
+from holdfast.fault_tolerance import deadlines, elastic, faults, preemption, regroup, stopping
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import RecoveryConfig
 from holdfast.fault_tolerance.membership import Layout, WorkerState
@@ -80,8 +80,18 @@ class Supervisor:
 
     @property
     def faults(self) -> int:
-        """Incidents so far."""
-        return self._run.ledger.failures
+        """Incidents so far, failures and preemptions."""
+        return self._run.ledger.incidents
+
+    @property
+    def preemptions(self) -> int:
+        """Incidents that were announced; those that were not are failures."""
+        return self._run.ledger.preemptions
+
+    @property
+    def stop_by_s(self) -> float:
+        """When whoever wants the run to stop will not wait any longer; infinite as long as nobody does."""
+        return self._run.stop_by_s
 
     @property
     def steps_lost(self) -> int:
@@ -120,7 +130,7 @@ class Supervisor:
 
 def _advance(run: Situation, now: float) -> None:
     """Whatever the message was, is the stage's condition met?"""
-    if run.stage in (Stage.RUN, Stage.GROW, Stage.STOP):
+    if run.stage in (Stage.RUN, Stage.GROW, Stage.MOVE, Stage.STOP):
         _follow_progress(run, now)
         _go_on_if_all_have_left(run, now)
     if run.stage is Stage.GATHER and run.crew.is_ready and not run.keepers.waiting:
@@ -135,15 +145,17 @@ def _follow_progress(run: Situation, now: float) -> None:
         run.announce(*run.ledger.resumed(run.watch, now))
     if run.ledger.outage is None and run.stage is Stage.RUN:
         _keep_spares(run, now)
+        preemption.begin_to_move(run, now)
+    if run.ledger.outage is None and run.stage is Stage.RUN:
         elastic.begin_to_grow(run, now)
 
 
 def _keep_spares(run: Situation, now: float) -> None:
     """Only once every rank trains: what a spare imports takes processor time that a recovery needs itself."""
     if run.spares_lost <= run.recovery.max_failures:
-        run.act(*run.crew.fill_spares(incident=run.ledger.failures, now=now))
-    has_lost = run.ledger.failures + run.spares_lost > 0
-    is_encoded = run.encoded_epoch == run.epoch
+        run.act(*run.crew.fill_spares(incident=run.ledger.incidents, now=now))
+    has_lost = run.ledger.incidents + run.spares_lost > 0
+    is_encoded = run.encoded[0] == run.epoch
     run.announce(*run.protection.measure(run.crew.spares, run.crew.crowded, has_lost=has_lost, is_encoded=is_encoded))
 
 
@@ -154,6 +166,9 @@ def _go_on_if_all_have_left(run: Situation, now: float) -> None:
         run.end(m.Finish("finished", 0, "the goal is reached"), now)
     elif run.stage is Stage.GROW:
         deadlines.grow(run, now)
+    elif run.stage is Stage.MOVE:
+        if run.move is not None and preemption.is_settled(run, run.move, now):
+            faults.vacate(run, now)
     else:
         run.stopped(run.stop_reason, now)
 
@@ -172,6 +187,7 @@ def _keeper_ready(run: Situation, message: m.KeeperReady, now: float) -> None:
 
 def _node_moved(run: Situation, message: m.NodeMoved, now: float) -> None:
     run.crew.move(message.node, message.host)
+    preemption.moved(run, message.node, message.host)
 
 
 def _beats(run: Situation, message: m.Beats, now: float) -> None:
@@ -182,19 +198,16 @@ def _beats(run: Situation, message: m.Beats, now: float) -> None:
 
 
 def _protected(run: Situation, message: m.Protected, now: float) -> None:
-    run.encoded_epoch = max(run.encoded_epoch, message.epoch)
+    run.encoded = max(run.encoded, (message.epoch, message.version))
+    run.is_memory_whole |= message.epoch == run.epoch
+
+
+def _persisted(run: Situation, message: m.Persisted, now: float) -> None:
+    run.persisted = max(run.persisted, message.step)
 
 
 def _stop_asked(run: Situation, message: m.StopAsked, now: float) -> None:
-    if run.stage is Stage.STOP:
-        return
-    run.announce(StopRequested(message.reason))
-    run.stop_reason = message.reason
-    if run.stage in (Stage.RUN, Stage.GROW):
-        run.stage, run.deadline_s = Stage.STOP, now + run.recovery.stop_grace_s
-        run.act(m.StopEpoch(run.epoch))
-    else:
-        run.stopped(message.reason, now)
+    stopping.ask(run, message.reason, now)
 
 
 def _redundancy_measured(run: Situation, message: m.RedundancyMeasured, now: float) -> None:
@@ -204,6 +217,7 @@ def _redundancy_measured(run: Situation, message: m.RedundancyMeasured, now: flo
 _STATES: Mapping[Stage, State] = {
     Stage.RUN: State.RUNNING,
     Stage.GROW: State.RESTARTING,
+    Stage.MOVE: State.RESTARTING,
     Stage.STOP: State.STOPPING,
 }
 
@@ -214,11 +228,13 @@ _HANDLERS: Mapping[type[m.Message], Callable[[Situation, Any, float], None]] = {
     m.WorkerParked: faults.worker_parked,
     m.KeeperReady: _keeper_ready,
     m.KeeperLost: faults.keeper_lost,
+    m.NodeDraining: preemption.noticed,
     m.NodeMoved: _node_moved,
     m.InventoryTaken: regroup.inventory_taken,
     m.CheckpointLoaded: regroup.checkpoint_loaded,
     m.CheckpointRefused: regroup.checkpoint_refused,
     m.Protected: _protected,
+    m.Persisted: _persisted,
     m.RedundancyMeasured: _redundancy_measured,
     m.Beats: _beats,
     m.Tick: deadlines.tick,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -231,6 +231,26 @@ class Crew:
         missing = wanted - Counter(spare.node for spare in self.spares)
         return [self._start(node, incident, now) for node in sorted(missing.elements())]
 
+    def prepare(self, node: int, *, incident: int, now: float) -> list[StartWorker]:
+        """Start a worker for each seat of a node on the host that it will move to; spares until they are needed."""
+        return [self._start(node, incident, now) for _ in self._seats_of(node)]
+
+    def has_relief(self, nodes: Iterable[int]) -> bool:
+        """The hosts that these nodes have moved to have a warm spare for each of their seats."""
+        wanted = Counter(self._hosts[node] for node in nodes for _ in self._seats_of(node))
+        warm = Counter(spare.host for spare in self.spares if spare.state is WorkerState.IDLE)
+        return wanted <= warm
+
+    def host_of(self, node: int) -> str:
+        """Where what is started for the node gets to."""
+        return self._hosts[node]
+
+    def left_behind(self, node: int, host: str) -> list[Worker]:
+        """Workers of a node that are not where it is now, and the spares on a host that it leaves."""
+        seated = [self._seats[seat] for seat in self._seats_of(node)]
+        elsewhere = [worker for worker in seated if worker is not None and worker.host != self._hosts[node]]
+        return elsewhere + [spare for spare in self.spares if spare.host == host != self._hosts[node]]
+
     def _seats_of(self, node: int) -> range:
         per_node = self._layout.workers_per_node
         return range(node * per_node, (node + 1) * per_node)
@@ -260,6 +280,7 @@ class _Keeper:
     is_ready: bool
     deadline_s: float
     incident: int
+    host: str
 
 
 class Keepers:
@@ -300,11 +321,18 @@ class Keepers:
         self._by_node[node] = None
         return keeper.incident
 
-    def fill(self, nodes: Iterable[int], *, incident: int, now: float) -> list[StartKeeper]:
+    def host_of(self, node: int) -> str | None:
+        """Where the keeper of this node is; None without one."""
+        keeper = self._by_node[node] if 0 <= node < len(self._by_node) else None
+        return None if keeper is None else keeper.host
+
+    def fill(
+        self, nodes: Iterable[int], host_of: Callable[[int], str], *, incident: int, now: float
+    ) -> list[StartKeeper]:
         """Start a keeper on each of these nodes that has none."""
         missing = [node for node in nodes if self._by_node[node] is None]
         for node in missing:
-            self._by_node[node] = _Keeper(False, now + self._start_timeout_s, incident)
+            self._by_node[node] = _Keeper(False, now + self._start_timeout_s, incident, host_of(node))
         return [StartKeeper(node) for node in missing]
 
     def overdue(self, now: float) -> list[int]:

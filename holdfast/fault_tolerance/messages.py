@@ -30,12 +30,16 @@ __all__ = [
     "InventoryTaken",
     "KeeperLost",
     "KeeperReady",
+    "KillKeeper",
     "KillWorker",
     "LoadCheckpoint",
     "Member",
     "Message",
+    "NodeDraining",
     "NodeMoved",
     "Outcome",
+    "Persist",
+    "Persisted",
     "Protected",
     "Quarantine",
     "Rebuild",
@@ -159,6 +163,24 @@ class NodeMoved(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class NodeDraining(Message):
+    """The host that ``node`` is on will be taken away. If there is room elsewhere, :class:`NodeMoved` follows."""
+
+    node: int
+    host: str
+    within_s: float
+    """Infinite if nobody has said."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted(Message):
+    """A durable checkpoint has been committed."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class KeeperLost(Message):
     """A keeper died or fell silent; the memory it owned is gone."""
 
@@ -274,10 +296,25 @@ class KillWorker(Action):
 
 
 @dataclass(frozen=True, slots=True)
+class KillKeeper(Action):
+    """End the keeper of ``node`` at once, its memory with it; no answer is expected and late ones are ignored."""
+
+    node: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Persist(Action):
+    """Write the newest version that every rank holds to a checkpoint; answer Persisted. A fence ends the try."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fence(Action):
     """All keepers refuse epochs older than ``epoch`` from now on."""
 
     epoch: int
+    is_last: bool = False
+    """No epoch follows: a checkpoint that is being written may be finished."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from holdfast.events import EpochStarted, RecoveryPlanned
 from holdfast.fault_tolerance import messages as m
+from holdfast.fault_tolerance import preemption, stopping
 from holdfast.fault_tolerance.policy import DISK, DO_NOT_RESTART, FRESH, Decision
 from holdfast.fault_tolerance.progress import EpochWatch
 from holdfast.fault_tolerance.situation import Situation, Stage
@@ -86,7 +87,7 @@ def _load(run: Situation, action: m.Action, version: int, now: float) -> None:
 
 def _plan(run: Situation, decision: Decision) -> RecoveryPlanned:
     planned = 0 if run.watch is None else -1  # a resume, or a change of nodes: no fault
-    number = run.ledger.failures if run.ledger.outage is not None else planned
+    number = run.ledger.incidents if run.ledger.outage is not None else planned
     is_approximate = decision.rebuild is not None and decision.rebuild.is_approximate
     return RecoveryPlanned(
         number, decision.source, decision.version, decision.reason, decision.rejected, is_approximate
@@ -94,7 +95,11 @@ def _plan(run: Situation, decision: Decision) -> RecoveryPlanned:
 
 
 def _start_epoch(run: Situation, version: int, now: float, *, from_storage: bool = False) -> None:
+    if stopping.instead_of_training(run, now):
+        return
     members = run.crew.members()
+    preemption.forget(run)
+    run.is_memory_whole = run.former is None and run.rebuild is None
     run.ledger.epoch_starts(version, is_restart=run.watch is not None, now=now)
     run.watch = EpochWatch(run.epoch, version, members, now)
     for worker in run.crew.seated:
@@ -102,3 +107,4 @@ def _start_epoch(run: Situation, version: int, now: float, *, from_storage: bool
     run.stage, run.deadline_s = Stage.RUN, math.inf
     run.act(m.StartEpoch(run.epoch, members, version, from_storage, run.former, run.rebuild))
     run.announce(EpochStarted(run.epoch, len(members), version))
+    stopping.follow_up(run, now)

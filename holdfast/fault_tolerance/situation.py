@@ -11,7 +11,7 @@ from holdfast.events import Event
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import RecoveryConfig
 from holdfast.fault_tolerance.detector import Limits
-from holdfast.fault_tolerance.incidents import Ledger
+from holdfast.fault_tolerance.incidents import Ledger, Loss
 from holdfast.fault_tolerance.lanes import Recorded
 from holdfast.fault_tolerance.membership import Crew, Keepers, Layout, Worker, WorkerState
 from holdfast.fault_tolerance.progress import EpochWatch
@@ -19,7 +19,7 @@ from holdfast.fault_tolerance.protection import ProtectionGauge
 from holdfast.fault_tolerance.sources import Sources
 from holdfast.fault_tolerance.stage_policy import StageRebuild
 
-__all__ = ["INTERRUPTED", "NOTHING_SAVED", "Absences", "Situation", "Stage"]
+__all__ = ["INTERRUPTED", "NOTHING_SAVED", "Absences", "Move", "Notice", "Situation", "Stage"]
 
 INTERRUPTED, NOTHING_SAVED = 75, 143
 """Exit codes of a stop: with finished steps to resume from, and without."""
@@ -37,8 +37,9 @@ class Stage(Enum):
     LOAD = 3
     RUN = 4
     GROW = 5
-    STOP = 6
-    OVER = 7
+    MOVE = 6
+    STOP = 7
+    OVER = 8
 
 
 @dataclass(slots=True)
@@ -53,6 +54,33 @@ class Absences:
     """Why the run cannot go on without the nodes that it waits for."""
 
 
+@dataclass(slots=True)
+class Notice:
+    """The host of a node will be taken away, see :mod:`holdfast.fault_tolerance.preemption`."""
+
+    host: str
+    deadline_s: float
+    """Infinite if nobody has said."""
+    reason: str
+    has_home: bool = False
+    """There is another host for the node, where its processes start from now on."""
+    ready_by_s: float = math.inf
+    """Until when the move waits for warm workers there; infinite before they were started."""
+    is_over: bool = False
+    """The node has been lost, or has moved."""
+
+
+@dataclass(slots=True)
+class Move:
+    """Nodes that change their host, the ranks having left their epoch together."""
+
+    nodes: tuple[int, ...]
+    boundary: int = -1
+    """The version that the ranks have left behind."""
+    is_settled: bool = False
+    """All have left."""
+
+
 class Situation:
     """The machine's memory. Changed only by the modules of the machine, each within one call of ``handle``."""
 
@@ -63,11 +91,22 @@ class Situation:
         self.absences = Absences()
         self.crew = Crew(layout, self.roster, recovery.start_timeout_s)
         self.keepers = Keepers(self.roster, recovery.start_timeout_s)
-        self.ledger = Ledger(max_failures=recovery.max_failures, max_no_progress=recovery.max_no_progress)
+        self.ledger = Ledger(
+            max_failures=recovery.max_failures,
+            max_no_progress=recovery.max_no_progress,
+            max_preemptions=recovery.max_preemptions,
+        )
         self.sources = Sources(self.roster, layout.stages, layout.replicas_every)
         self.protection = ProtectionGauge(layout.spares, self.roster)
-        self.encoded_epoch = -1
-        """The newest in which the keepers have committed a version, data and parity."""
+        self.encoded = (-1, -1)
+        """The newest epoch in which the keepers have committed a version, data and parity, and that version."""
+        self.persisted = -1
+        """Step of the newest durable checkpoint that was written in this attempt."""
+        self.notices: dict[int, Notice] = {}
+        """By node."""
+        self.move: Move | None = None
+        self.is_memory_whole = True
+        """Every rank's keeper still has what the rank has written."""
         self.stage = Stage.NEW
         self.deadline_s = math.inf
         """When the stage will have lasted too long."""
@@ -86,6 +125,10 @@ class Situation:
         self.silent_nodes: set[int] = set()
         """Whose last keeper did not answer."""
         self.stop_reason = ""
+        self.stop_by_s = math.inf
+        """When the process has to be gone; infinite as long as nobody wants that."""
+        self.whole_by_s = math.inf
+        """Until when a recovery may go on although somebody wants the run to stop."""
         self.has_failed = False
         self.looked_s = self.waiting_since_s = self.said_s = now
         self._actions: list[m.Action] = []
@@ -122,6 +165,16 @@ class Situation:
         is_silent = worker.node in self.silent_nodes
         return min(_SILENT_S, self.recovery.abort_after_s) if is_silent else self.recovery.abort_after_s
 
+    def is_expected(self, loss: Loss) -> bool:
+        """Its node was to be taken away. A victim may be one of such a node, whose end is not known yet; a process
+        that never started is no part of what was announced."""
+        if loss.is_victim:
+            return any(node in self.notices for node in self.roster.nodes)
+        notice = None if loss.node is None else self.notices.get(loss.node)
+        if notice is None or not loss.had_started:
+            return False
+        return not notice.is_over or loss.joined < self.ledger.incidents  # otherwise it was there to replace what went
+
     def stopped(self, reason: str, now: float) -> None:
         """End as somebody asked. What memory holds is saved by the executor."""
         code = INTERRUPTED if self.ledger.best_step > 0 else NOTHING_SAVED
@@ -137,6 +190,6 @@ class Situation:
         self.announce_first(self.ledger.news(now, at_once=True))
         if self.crew.in_state(WorkerState.TRAINING):
             self.leave_epoch(now)
-            self.act(m.Fence(self.epoch))
+            self.act(m.Fence(self.epoch, is_last=True))
         self.act(finish)
         self.stage = Stage.OVER

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["banner"]
 
+_ENOUGH_S = 20.0
+"""To save, as a rule."""
 _REASONS = 3
 """Runs that were passed over, each with its reason; more would push the rest off the screen."""
 
@@ -40,10 +42,21 @@ def banner(
         "data": corpus.describe(store),
         **({"storage": checkpoints_uri(config, run_dir)} if config.snapshot.storage else {}),
         "resume": _shortened(how),
+        **_short_grace(config),
         "look": f"{_tracker(config, run_dir)} | tail -f {run_dir.events_file}",
     }
     set_knobs = ", ".join(f"{name}={value}" for name, value in knobs.set_knobs().items())
     return {**facts, "environ": set_knobs} if set_knobs else facts
+
+
+def _short_grace(config: RunConfig) -> dict[str, str]:
+    """Worth a line where Ray kills the driver sooner than it can save."""
+    waits_s = knobs.ray_stop_wait_s()
+    if waits_s is None or waits_s >= _ENOUGH_S:
+        return {}
+    grace = f"recovery.stop_grace_s={config.recovery.stop_grace_s:g}"
+    advice = "set RAY_JOB_STOP_WAIT_TIME_S in env_vars of the runtime environment"
+    return {"stop": f"`ray job stop` leaves {waits_s:g} s to save ({grace}); {advice}"}
 
 
 def _shortened(how: str) -> str:

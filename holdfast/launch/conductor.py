@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Address, Completion, Fleet, Lost, Role
 from holdfast.launch.frozen import FrozenFiles
 from holdfast.launch.injection import Injector
+from holdfast.launch.last_save import LastSave
 from holdfast.launch.notes import Notes
 from holdfast.launch.protection import Protection
 from holdfast.launch.protocol import EpochPlan
@@ -37,8 +39,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05
 _PULSE_S = 0.1
 _LAST_WORDS_S = 2.0
-_SAVE_TRIES, _SAVE_PAUSE_S = 3, 1.0
-"""Of the last checkpoint, which nothing comes after: a storage that fails once may be back a moment later."""
 _NO_ANSWER_S = 60.0
 """Deadline of a keeper's or worker's answer to anything but training."""
 
@@ -58,6 +58,8 @@ class Verdict:
     """What rank 0 concluded: bits per byte, generated text, weights or why there are none."""
     saved: int | None = None
     """Step of the newest checkpoint on disk, -1 for none; None if nobody has looked."""
+    preemptions: int = 0
+    """Of the faults."""
     nodes: tuple[int, ...] = ()
     """Those that took part last; none if nothing had started."""
 
@@ -94,6 +96,11 @@ class Conductor:
         self._result: dict[str, object] = {}
         self._verdict: m.Finish | None = None
         self._stop_reason: str | None = None
+        self._draining: set[tuple[int, str]] = set()
+        """Nodes and hosts whose notices the supervisor has."""
+        self._is_wanted_on_disk = False
+        """The supervisor waits for a durable checkpoint that has not been begun."""
+        self._save = LastSave(durable, self._persist_newest)
         self._rebuilt: tuple[int, ...] = ()
         """Ranks of stages that the epoch which starts makes from others."""
         self._hosts = list(layout.hosts)
@@ -126,9 +133,9 @@ class Conductor:
         self._settle(self._verdict)
         return self._conclude(self._verdict)
 
-    def leave(self, exit_code: int) -> Verdict:
+    def leave(self, exit_code: int, why: str) -> Verdict:
         """``run`` was interrupted: what is on disk by now is what stays."""
-        return self._conclude(m.Finish("stopped", exit_code, "a second signal; nothing more was saved"))
+        return self._conclude(m.Finish("stopped", exit_code, f"{why}; nothing more was saved"))
 
     def _conclude(self, end: m.Finish) -> Verdict:
         self._durable.survey()  # nobody may have looked yet
@@ -139,6 +146,7 @@ class Conductor:
             reason=end.reason,
             step=saved if end.outcome == "stopped" else self._last_step(),
             faults=self._supervisor.faults,
+            preemptions=self._supervisor.preemptions,
             steps_lost=self._supervisor.steps_lost,
             findings=self._result,
             saved=saved,
@@ -147,6 +155,7 @@ class Conductor:
 
     def _turn(self) -> None:
         reports = self._crew.poll(_POLL_S)
+        self._follow_notices()
         self._follow_moves()  # first: who replaces the lost has to be on the new host
         for report in reports:
             if self._crew.is_old_news(report):
@@ -161,6 +170,13 @@ class Conductor:
         self._pulse.ask(self._crew.keepers, now)
         while self._pulse.silent:
             self._keeper_silent(*self._pulse.silent.pop(0))
+
+    def _follow_notices(self) -> None:
+        """Before the moves that they cause."""
+        for node, notice in self._fleet.draining().items():
+            if (node, notice.host) not in self._draining:
+                self._draining.add((node, notice.host))
+                self._tell(m.NodeDraining(node, notice.host, notice.within_s, notice.reason))
 
     def _follow_moves(self) -> None:
         for node, host in enumerate(self._fleet.hosts(self._config.launch.nodes)):
@@ -188,12 +204,31 @@ class Conductor:
             self._tell(m.Protected(epoch, version))
         self._frozen.tell_news(self._roster.world)
         now = self._clock.now()
+        self._save_before_it_is_too_late(now)
         if self._supervisor.state is State.RUNNING:  # a recovery needs the storage, and may turn against the version
             end = now + self._config.recovery.step_timeout_s
             self._durable.persist_if_due(self._pulse.versions, self._calls, self._keeper_of, deadline_s=end)
             self._striker.strike_due(self._newest_step(), now)
         self._striker.listen(self._newest_step(), now)
         self._notes.fetch_if_due(self._crew.workers_of_ranks.get(0), now)
+
+    def _save_before_it_is_too_late(self, now: float) -> None:
+        """What nobody may be there to save a moment later."""
+        for step in self._durable.written():
+            self._tell(m.Persisted(step))
+        if not self._has_all_keepers():
+            return
+        if self._supervisor.state is State.STOPPING:
+            self._save.look(now, self._supervisor.stop_by_s, self._config.recovery.stop_grace_s)
+        elif self._is_wanted_on_disk and self._durable.is_idle:
+            self._is_wanted_on_disk = False
+            self._persist_newest(now + self._config.recovery.step_timeout_s)
+
+    def _persist_newest(self, deadline_s: float) -> None:
+        self._durable.persist_newest(self._calls, self._roster.nodes, self._keeper_of, deadline_s=deadline_s)
+
+    def _has_all_keepers(self) -> bool:
+        return self._crew.keepers.issuperset(self._roster.nodes)
 
     def _tell(self, message: m.Message) -> None:
         self._perform(self._supervisor.handle(message, self._clock.now()))
@@ -229,13 +264,16 @@ class Conductor:
 
     def _keeper_gone(self, node: int, cause: str) -> None:
         """Told once, although each of its open calls fails too: the next keeper of the node must not be blamed."""
+        self._forget_keeper(node, cause)
+        self._tell(m.KeeperLost(node, cause, is_silent=NO_ANSWER in cause))
+
+    def _forget_keeper(self, node: int, cause: str) -> None:
         self._crew.keeper_gone(node, cause)
         self._pulse.silent = [(silent, error) for silent, error in self._pulse.silent if silent != node]
         for rank in self._roster.ranks_of(node):
             self._pulse.forget_rank(rank)
         if node in self._roster.nodes:
             self._durable.abandon()
-        self._tell(m.KeeperLost(node, cause, is_silent=NO_ANSWER in cause))
 
     @property
     def _roster(self) -> Roster:
@@ -261,13 +299,18 @@ class Conductor:
 
         self._crew.start_keeper(action.node, ready=ready, failed=lambda error: self._keeper_gone(action.node, error))
 
+    def _kill_keeper(self, action: m.KillKeeper) -> None:
+        self._forget_keeper(action.node, action.reason)
+
     def _kill_worker(self, action: m.KillWorker) -> None:
         self._crew.kill_worker(action.worker, action.reason)
 
     # -- epochs ---------------------------------------------------------------------------------------------------
 
     def _fence(self, action: m.Fence) -> None:
-        self._durable.abandon()
+        self._is_wanted_on_disk = False
+        if not action.is_last:
+            self._durable.abandon()
         for node in self._crew.keepers:
             self._calls.tell(keeper_address(node), "fence", action.epoch)
 
@@ -277,6 +320,9 @@ class Conductor:
     def _stop_epoch(self, action: m.StopEpoch) -> None:
         for member in self._supervisor.members:
             self._calls.tell(worker_address(member.worker), "stop", action.epoch)
+
+    def _persist(self, action: m.Persist) -> None:
+        self._is_wanted_on_disk = True
 
     def _take_inventory(self, action: m.TakeInventory) -> None:
         """Admit every rank at its keeper, attach its worker, then ask the keepers what they hold."""
@@ -484,41 +530,35 @@ class Conductor:
         """Bring the newest version that every rank holds to disk, then let the workers go."""
         self._hear_last_steps()
         is_trusted = verdict.exit_code != DO_NOT_RESTART
-        if is_trusted and self._crew.keepers.issuperset(self._roster.nodes):
-            self._save(is_urgent=verdict.outcome == "stopped")
+        if is_trusted and self._has_all_keepers():
+            self._bring_to_disk(self._supervisor.stop_by_s)
         self._striker.close(self._clock.now())
         self._crew.release_workers()
 
     def _hear_last_steps(self) -> None:
         """A pulse that is asked for now brings the reports of all steps that the ranks have finished."""
         now = self._clock.now()
-        asked_s, end = now, now + _LAST_WORDS_S
+        asked_s, end = now, now + min(_LAST_WORDS_S, (self._supervisor.stop_by_s - now) / 4)
         while now < end and any(self._pulse.heard_s.get(node, -1.0) < asked_s for node in self._crew.keepers):
             self._turn()
             now = self._clock.now()
 
-    def _save(self, *, is_urgent: bool) -> None:
+    def _bring_to_disk(self, end: float) -> None:
         """Whoever asked the run to stop does not wait long; nor does one who asks only now."""
-        recovery, began_s = self._config.recovery, self._clock.now()
-        end = began_s + (recovery.stop_grace_s if is_urgent else recovery.step_timeout_s)
-        tries, again_s = 0, began_s
-        while not (self._durable.is_idle and tries and (tries == _SAVE_TRIES or not self._durable.last_error)):
-            now = self._clock.now()
-            if now > end:
-                self._durable.give_up(f"not written after {now - began_s:.1f} s")
-                return
-            if self._durable.is_idle and now >= again_s:
-                self._durable.persist_newest(self._calls, self._roster.nodes, self._keeper_of, deadline_s=end)
-                tries, again_s = tries + 1, now + _SAVE_PAUSE_S
+        self._save.begin(self._clock.now(), min(end, self._clock.now() + self._config.recovery.step_timeout_s))
+        while not self._save.is_over(self._clock.now()):
             self._turn()
-            if self._stop_reason is not None and not is_urgent:
-                is_urgent, end = True, min(end, now + recovery.stop_grace_s)
+            if self._stop_reason is not None and end == math.inf:
+                end = self._clock.now() + self._config.recovery.stop_grace_s
+                self._save.hurry(end)
 
 
 _HANDLERS: Mapping[type[m.Action], Callable[[Conductor, Any], None]] = {
     m.StartWorker: Conductor._start_worker,
     m.StartKeeper: Conductor._start_keeper,
+    m.KillKeeper: Conductor._kill_keeper,
     m.KillWorker: Conductor._kill_worker,
+    m.Persist: Conductor._persist,
     m.Fence: Conductor._fence,
     m.AbortWorker: Conductor._abort_worker,
     m.StopEpoch: Conductor._stop_epoch,

@@ -18,7 +18,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from holdfast.events import CheckpointWritten, Evaluated, Event, FaultDetected, FaultInjected, RunEnded, StageRebuilt
+from holdfast.events import (
+    CheckpointWritten,
+    Evaluated,
+    Event,
+    FaultDetected,
+    FaultInjected,
+    RecoveryDone,
+    RunEnded,
+    StageRebuilt,
+)
 from holdfast.launch.pace import Pace
 from holdfast.launch.wording import TAG_COLUMNS, aligned, describe, duration, ending, step_line
 from holdfast.types import StepReport
@@ -32,6 +41,7 @@ _PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EAGAIN})
 """Troubles of a stream that may end: try again with the next line."""
 _STYLES = {
     "FAULT": "bold red",
+    "DRAIN": "bold yellow",
     "PLAN": "bold yellow",
     "DONE": "bold green",
     "WAIT": "yellow",
@@ -63,7 +73,7 @@ class Console:
         self._out = _Unbreakable(stream)
         self._screen = _screen(self._out, is_terminal, total_steps, clock, owns_stdout=stream is sys.stdout)
         self._pace = Pace(window=log_every)
-        self._failures = self._injected = self._rebuilt = 0
+        self._failures = self._preemptions = self._injected = self._rebuilt = 0
         self._bits_per_byte: float | None = None
         self._saved: CheckpointWritten | None = None
         self._ended: RunEnded | None = None
@@ -129,7 +139,10 @@ class Console:
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, FaultDetected):
-            self._failures = max(self._failures, event.number)
+            self._preemptions += event.is_preemption
+            self._failures = event.number - self._preemptions
+        elif isinstance(event, RecoveryDone):  # by now it is known what was a preemption
+            self._failures, self._preemptions = event.failures, event.preemptions
         elif isinstance(event, FaultInjected):
             self._injected += 1
         elif isinstance(event, StageRebuilt):

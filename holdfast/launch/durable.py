@@ -68,6 +68,7 @@ class DurableTier:
         self._damaged: dict[str, str] = {}
         """What must not be used and is still in the way of a new checkpoint, with the reason."""
         self._failed_step = -1
+        self._written: list[int] = []
         self.last_error = ""
         """Why the newest try to write a checkpoint failed; empty if it did not."""
         self._clock = clock or SystemClock()
@@ -86,6 +87,11 @@ class DurableTier:
     def foreign(self) -> tuple[int, ...]:
         """Good checkpoints that were written in another layout, or in one that nobody has noted, newest first."""
         return tuple(sorted(self._good & self._foreign, reverse=True))
+
+    def written(self) -> list[int]:
+        """Steps of the checkpoints that were committed since this was asked last."""
+        written, self._written = self._written, []
+        return written
 
     def move_to(self, world: int, layout: str) -> None:
         """The state is divided among other ranks from now on."""
@@ -305,6 +311,7 @@ class DurableTier:
             self._failed(writing.step, str(error))
             return
         self._good.add(writing.step)
+        self._written.append(writing.step)
         self._due_s = writing.started_s + (self._config.persist_every_s or math.inf)
         written = sum(int(r["bytes"]) for r in receipts.values())
         seconds = self._clock.now() - writing.started_s

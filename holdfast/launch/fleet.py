@@ -9,7 +9,7 @@ from typing import Protocol
 
 from holdfast.launch.run_metrics import Meter
 
-__all__ = ["Address", "Completion", "Fleet", "Lost", "Report", "Role"]
+__all__ = ["Address", "Completion", "Draining", "Fleet", "Lost", "Report", "Role"]
 
 
 class Role(str, Enum):
@@ -48,6 +48,16 @@ class Lost:
     cause: str
 
 
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """A machine will be taken away."""
+
+    host: str
+    within_s: float
+    """Infinite if nobody has said."""
+    reason: str
+
+
 Report = Completion | Lost
 
 
@@ -62,6 +72,11 @@ class Fleet(Protocol):
 
     def hosts(self, nodes: int) -> Sequence[str]:
         """Name of the machine under each (virtual) node; changes when a node moves, before its losses are reported."""
+        ...
+
+    def draining(self) -> Mapping[int, Draining]:
+        """(Virtual) nodes whose machine will be taken away, as far as is known; asked often, and returns at once. When
+        there is room elsewhere the node moves: ``hosts`` changes, and what lives on the old machine stays there."""
         ...
 
     def zones(self, nodes: int) -> Sequence[str]:

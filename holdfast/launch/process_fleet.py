@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
-from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
+from holdfast.launch.fleet import Address, Completion, Draining, Lost, Report, Role
 from holdfast.launch.hosts import Host, make_host
 from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
 
@@ -140,6 +140,9 @@ class ProcessFleet:
 
     def hosts(self, nodes: int) -> Sequence[str]:
         return ("localhost",) * nodes
+
+    def draining(self) -> Mapping[int, Draining]:
+        return {}
 
     def zones(self, nodes: int) -> Sequence[str]:
         return [""] * nodes

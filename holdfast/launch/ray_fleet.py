@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,8 @@ from typing import Any, cast
 from holdfast import knobs
 from holdfast.configs.schema import LaunchConfig
 from holdfast.errors import ConfigurationError
-from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
+from holdfast.launch.drain_watch import DrainWatch, seconds_left
+from holdfast.launch.fleet import Address, Completion, Draining, Lost, Report, Role
 from holdfast.launch.hosts import make_host
 from holdfast.launch.protocol import CONTROL_METHODS, STORAGE_METHODS, describe_error
 from holdfast.launch.ray_nodes import RayNode, RayNodes
@@ -36,6 +37,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
+    import ray._private.state as ray_state
     import ray._private.worker as ray_worker
     from ray.actor import ActorHandle, ActorMethod
     from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -124,10 +126,15 @@ class RayFleet:
         self._connect(config.address or knobs.ray_address() or "")
         self._processes: dict[Address, _Process] = {}
         gpus = config.gpus_per_worker * config.workers_per_node
-        self._nodes = RayNodes(config.nodes, _living, crowd=self._count_on, gpus=gpus)
+        self._drains = DrainWatch(ray_state.state.get_draining_nodes)
+        doomed = self._drains.deadlines()
+        self._nodes = RayNodes(config.nodes, _living, crowd=self._count_on, gpus=gpus, doomed=doomed)
+        self._notices: dict[int, Draining] = {}
         self._waiting: dict[Address, _Start] = {}
         """To be started as soon as there is a Ray node for them."""
         self._look_s = 0.0
+        self._drained: Collection[str] = frozenset()
+        self._shun_s = 0.0
         self._calls: dict[ray.ObjectRef, _Call] = {}
         self._abandoned: list[Lost] = []
         """Processes on Ray nodes that do not answer; not reported yet."""
@@ -163,6 +170,23 @@ class RayFleet:
 
     def hosts(self, nodes: int) -> Sequence[str]:
         return [home.name for home in self._nodes.homes[:nodes]]
+
+    def draining(self) -> Mapping[int, Draining]:
+        return self._notices
+
+    def _follow_drains(self, now: float) -> None:
+        """A node that cannot move yet may as soon as another one has joined."""
+        deadlines = self._drains.deadlines()
+        if deadlines.keys() == self._drained and (not deadlines or now < self._shun_s):
+            return
+        self._drained, self._shun_s = frozenset(deadlines), now + _LOOK_AGAIN_S
+        homes = list(self._nodes.homes)
+        for node, home in enumerate(homes):
+            if home.name in deadlines:
+                reason = f"Ray drains {home}"
+                self._notices[node] = Draining(home.name, seconds_left(deadlines[home.name]), reason)
+        for tenant, home in self._nodes.shun(deadlines).items():
+            logger.warning("%s will be taken away; node %d moves to %s", home, tenant, self._nodes.homes[tenant])
 
     def zones(self, nodes: int) -> Sequence[str]:
         return [home.zone for home in self._nodes.homes[:nodes]]
@@ -240,6 +264,7 @@ class RayFleet:
             time.sleep(timeout_s)
         now = time.monotonic()
         self._doubt_silent(now)
+        self._follow_drains(now)
         self._place_stranded(now)
         abandoned, self._abandoned = self._abandoned, []
         return reports + abandoned
@@ -298,6 +323,7 @@ class RayFleet:
             process.handle.leave.remote()
 
     def close(self) -> None:
+        self._drains.close()
         self._leave_all()
         ray.shutdown()
         if self._temp_dir is not None:

@@ -7,7 +7,7 @@ is placed there in the meantime waits as long. So each node's raylet is asked di
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -54,7 +54,7 @@ class RayNodes:
     """Homes of ``count`` virtual nodes, spread as evenly as those that answer allow. Nobody leaves one that answers.
 
     ``look`` lists what Ray believes alive, ``crowd`` counts our processes on one of them by name, ``gpus`` is what each
-    virtual node needs.
+    virtual node needs, ``doomed`` are names of nodes that will be taken away.
     Raises: ConfigurationError when no Ray node has so many GPUs.
     """
 
@@ -66,15 +66,18 @@ class RayNodes:
         crowd: Callable[[str], int] = lambda _: 0,
         gpus: float = 0.0,
         answers: Callable[[RayNode], bool] = answers,
+        doomed: Collection[str] = (),
     ) -> None:
         self._look, self._crowd, self._gpus, self._answers = look, crowd, gpus, answers
         self._homes: list[RayNode] = []
+        self._doomed: frozenset[str] = frozenset(doomed)
         self._stranded: set[str] = set()
         """Homes that do not answer, but whose tenants found no other; not asked again before ``look_again``."""
         known = look()
         usable: Sequence[RayNode] = self._answering(known)
         if not usable:  # TLS or a firewall: asking is of no use here, so Ray is believed
             usable, self._answers = known, lambda _: True
+        usable = self._staying(usable) or usable
         for _ in range(count):
             home = self._roomiest(usable)
             if home is None:
@@ -105,7 +108,7 @@ class RayNodes:
         for tenant, old in enumerate(self._homes):
             if old.name in answering:
                 continue
-            new = self._roomiest(usable)
+            new = self._roomiest(self._staying(usable))
             if new is None:
                 self._stranded.add(old.name)
             else:
@@ -113,12 +116,29 @@ class RayNodes:
         return moved
 
     def is_stranded(self, node: int) -> bool:
-        """Nothing can be started for it now."""
-        return self._homes[node].name in self._stranded
+        """Nothing can be started for it now; Ray starts nothing on a node that drains."""
+        return self._homes[node].name in self._stranded or self._homes[node].name in self._doomed
+
+    def shun(self, doomed: Collection[str]) -> dict[int, RayNode]:
+        """These Ray nodes, by name, will be taken away: nobody moves there, and who lives on one moves out of it when
+        there is room elsewhere; who has moved now, and from where."""
+        self._doomed = frozenset(doomed)
+        if not any(home.name in self._doomed for home in self._homes):
+            return {}
+        usable = self._answering(self._look())
+        moved = {}
+        for tenant, old in enumerate(self._homes):
+            new = self._roomiest(self._staying(usable)) if old.name in self._doomed else None
+            if new is not None:
+                self._homes[tenant], moved[tenant] = new, old
+        return moved
 
     def look_again(self) -> None:
         """There may be new nodes, or old ones may answer again."""
         self._stranded.clear()
+
+    def _staying(self, nodes: Iterable[RayNode]) -> list[RayNode]:
+        return [node for node in nodes if node.name not in self._doomed]
 
     def _answering(self, nodes: Iterable[RayNode]) -> list[RayNode]:
         found = sorted(nodes, key=lambda node: node.name)

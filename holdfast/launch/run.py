@@ -59,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 _UNEXPECTED, _BAD_CONFIGURATION, _SAVED, _DO_NOT_RESTART = 1, 2, 75, 93
 """Exit codes, see :mod:`holdfast.launch.cli`. A stop without a checkpoint ends with the signal's own."""
+_OVERTIME = 1.1
+"""Of the grace, in which the conductor ends the run if it can; then it is interrupted, whatever it waits for."""
 
 _QUICKLY_REPORTED_BYTES = 64 << 20
 """Of metrics, at most, for a run to write its report itself: some seconds, and a few hundred MB of memory."""
@@ -91,6 +93,11 @@ def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) 
     """Check, find or make the run, drive it to its end. Raises: ConfigurationError before anything has started."""
     config = replace(config, root=config.root or str(knobs.home()))
     validate.refuse_bad(config)
+    with StopSignals(_OVERTIME * config.recovery.stop_grace_s) as signals:
+        return _run(config, overrides, command, signals)
+
+
+def _run(config: RunConfig, overrides: Sequence[str], command: Sequence[str], signals: StopSignals) -> Result:
     material = _material(config)
     plain = {key: value for key, value in to_plain(config).items() if key != "adapter" or config.adapter.method}
     digest = identity.config_digest({**plain, **material.digests, **_choosing(config)})
@@ -102,7 +109,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) 
             drive = _Drive(config, opening, material, digest, overrides, command)
         except SnapshotError as error:  # nothing has started yet
             raise ConfigurationError(f"run {opening.run_dir.run_id} cannot be driven: {error}") from error
-        return drive.to_the_end()
+        return drive.to_the_end(signals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +189,10 @@ class _Drive:
         self._started_s = time.monotonic()
         self._result: Result | None = None
 
-    def to_the_end(self) -> Result:
+    def to_the_end(self, signals: StopSignals) -> Result:
         """Drive, and note the end, whatever it is."""
         try:
-            with _driver_log(self._run_dir.driver_log(self._attempt)), StopSignals() as signals:
+            with _driver_log(self._run_dir.driver_log(self._attempt)):
                 return self._with_console(signals)
         except BaseException as error:
             if self._result is None or isinstance(error, Exception):
@@ -226,6 +233,8 @@ class _Drive:
                 tracker.finish()
 
     def _conduct(self, signals: StopSignals, console: Console, tracker: Tracker, sinks: _Sinks) -> Result:
+        if signals.reason is not None:
+            return self._conclude(self._not_begun(signals, sinks), console, sinks)
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, self._run_dir.path / "rendezvous", ignore_errors=True)
             fleet = _make_fleet(self._config, self._tag)
@@ -242,25 +251,36 @@ class _Drive:
     def _tag(self) -> str:
         return f"{self._run_dir.run_id[-48:]}-a{self._attempt}"
 
+    def _not_begun(self, signals: StopSignals, sinks: _Sinks) -> Verdict:
+        """Somebody wanted to stop before there was a process to stop; earlier attempts may have left a checkpoint."""
+        durable = self._durable(sinks)
+        durable.survey()
+        step, why = durable.newest_step, f"{signals.reason}, before anything had started"
+        code = _SAVED if step >= 0 else signals.exit_code
+        return Verdict("stopped", code, why, step=step, faults=0, steps_lost=0, findings={}, saved=step)
+
+    def _durable(self, sinks: _Sinks) -> DurableTier:
+        config, world = self._config, _world(self._config)
+        return DurableTier(
+            checkpoints_uri(config, self._run_dir),
+            config.snapshot,
+            world=world,
+            config_digest=self._digest,
+            events=sinks,
+            layout=identity.layout(config.parallel, world=world),
+        )
+
     def _conductor(self, fleet: Fleet, sinks: _Sinks) -> Conductor:
         config, clock = self._config, SystemClock()
         layout = self._layout(fleet, sinks)
         bricks = self._bricks(layout)
-        durable = DurableTier(
-            checkpoints_uri(config, self._run_dir),
-            config.snapshot,
-            world=layout.world,
-            config_digest=self._digest,
-            events=sinks,
-            layout=identity.layout(config.parallel, world=layout.world),
-        )
         return Conductor(
             config,
             fleet=fleet,
             supervisor=Supervisor(layout, config.recovery, now=clock.now()),
             layout=layout,
             specs=self._specs(bricks),
-            durable=durable,
+            durable=self._durable(sinks),
             run_dir=self._run_dir.path,
             events=sinks,
             on_step=sinks.step,
@@ -337,6 +357,7 @@ class _Drive:
                 verdict.steps_lost,
                 verdict.exit_code,
                 verdict.reason,
+                verdict.preemptions,
             )
         )
         facts = _what_is_saved(verdict) | _world_of(verdict, config=self._config)
@@ -403,8 +424,10 @@ def _with_changes(command: Sequence[str], overrides: Sequence[str], changes: Map
 def _drive(conductor: Conductor, signals: StopSignals) -> Verdict:
     try:
         verdict = conductor.run()
-    except (KeyboardInterrupt, SystemExit):  # a second signal
-        return conductor.leave(signals.exit_code)
+    except (KeyboardInterrupt, SystemExit):
+        if not signals.is_overdue:
+            return conductor.leave(signals.exit_code, "a second signal")
+        verdict = conductor.leave(signals.exit_code, f"{signals.reason}; the grace is over")
     if verdict.outcome == "stopped":
         return replace(verdict, exit_code=_SAVED if verdict.step >= 0 else signals.exit_code)
     why = verdict.findings.get("not_exported")

@@ -1,7 +1,8 @@
-"""Wishes to stop: SIGINT, SIGTERM and SIGUSR1 set a flag, a second SIGINT or SIGTERM leaves now."""
+"""Wishes to stop: SIGINT, SIGTERM and SIGUSR1 set a flag, a second SIGINT or SIGTERM leaves now, and so does time."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -18,9 +19,15 @@ class StopSignals:
     The first signal asks for a graceful stop, also when it comes before anybody can act on it. A second one that
     insists raises KeyboardInterrupt or, for SIGTERM, SystemExit, so that ``finally`` clauses still end what was
     started. SIGUSR1 only announces that time is running out: it does not insist, and what follows it is the first.
+    When ``grace_s`` have passed since the first signal, the process behaves as if a second one had come, so that it is
+    never found waiting when it is killed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float = math.inf) -> None:
+        self._grace_s = grace_s
+        self._timer: threading.Timer | None = None
+        self.is_overdue = False
+        """What looked like a second signal was the end of the grace."""
         self._stop: Callable[[str], None] | None = None
         self._reason: str | None = None
         self._before: dict[int, object] = {}
@@ -37,6 +44,13 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal returned
         self._before = {}
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop; None until somebody has asked."""
+        return self._reason
 
     @property
     def exit_code(self) -> int:
@@ -65,4 +79,13 @@ class StopSignals:
             is_second, self._ordered = self._ordered != 0, number
             if is_second:
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.exit_code)
+        if self._timer is None and self._grace_s < math.inf:
+            self._timer = threading.Timer(self._grace_s, self._insist)
+            self._timer.daemon = True
+            self._timer.start()
         self.ask(f"{signal.Signals(number).name} received")
+
+    def _insist(self) -> None:
+        """Timer's thread: wake the main thread from whatever it waits in, with a signal that is the second one."""
+        self._ordered, self.is_overdue = self._ordered or signal.SIGTERM, True
+        signal.pthread_kill(threading.main_thread().ident or 0, self._ordered)

@@ -148,7 +148,7 @@ def describe(event: e.Event, at: str) -> list[str]:
 def _fault(event: e.FaultDetected, at: str) -> Iterator[str]:
     first, *traceback = event.cause.splitlines() or ["no reason given"]
     where = f"in {event.phase}, " if event.phase else ""
-    yield f"FAULT {at} {_who(event)}{first}"
+    yield f"{'DRAIN' if event.is_preemption else 'FAULT'} {at} {_who(event)}{first}"
     yield f"{_INDENT}{where}last step {event.last_step:,}, detected after {duration(event.detected_after_s)}"
     yield from _framed("\n".join(traceback[-_TRACEBACK_LINES:])) if traceback else ()
 
@@ -185,11 +185,23 @@ def _done(event: e.RecoveryDone, at: str) -> Iterator[str]:
     yield (
         f"DONE  {at} resumed at step {event.step:,}: {detected}repaired in {duration(event.repaired_in_s)}, "
         f"{_count(event.steps_lost, 'step')} lost, {size(event.bytes_moved)} moved; "
-        f"failures {event.failures}/{event.failures_allowed}"
+        f"failures {event.failures}/{event.failures_allowed}{_preemptions(event)}"
     )
     rest = {name.replace("_", " "): seconds for name, seconds in event.split_s.items() if name != "detect"}
     if rest:
         yield f"{_INDENT}of which {', '.join(f'{name} {duration(s)}' for name, s in rest.items())}"
+
+
+def _preemptions(event: e.RecoveryDone) -> str:
+    if not event.preemptions:
+        return ""
+    limit = f"/{event.preemptions_allowed}" if event.preemptions_allowed else ", no limit"
+    return f" (preemptions {event.preemptions}{limit})"
+
+
+def _noticed(event: e.PreemptionNoticed, at: str) -> Iterator[str]:
+    within = "soon" if event.within_s is None else f"within {duration(event.within_s)}"
+    yield f"DRAIN {at} node {event.node} will be taken away {within}: {event.reason}"
 
 
 def _waiting(event: e.Waiting, at: str) -> Iterator[str]:
@@ -289,6 +301,7 @@ _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.Evaluated: _evaluated,
     e.StepLeftOut: _left_out,
     e.SnapshotCost: _snapshot_cost,
+    e.PreemptionNoticed: _noticed,
     e.ProtectionFailed: _unprotected,
     e.SnapshotFailed: _snapshot_failed,
     e.StageHealed: _healed,
@@ -319,6 +332,7 @@ def ending(
     pipeline stages that were made from others."""
     quality = "" if bits_per_byte is None else f"; {bits_per_byte:.3f} bits/byte"
     faults = f"; {_count(event.faults, 'fault')}, {_count(event.steps_lost, 'step')} lost" if event.faults else ""
+    faults += f", {_count(event.preemptions, 'preemption')} of these" if event.preemptions else ""
     faults += f"; {injected:,} injected on purpose" if injected else ""
     faults += f"; approximate: {_count(rebuilt, 'stage')} rebuilt from others" if rebuilt else ""
     reached = f"step {event.step:,} of {total_steps:,}" if event.step >= 0 else "no step saved"

@@ -266,9 +266,9 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
         os.kill(os.getpid(), signal.SIGTERM)
 
     with at_step(root, 6, stop):
-        result = train(_config(root, corpus, persist_every=5, faults=["hang rank=0 step=6"], stop_grace_s=0.5))
+        result = train(_config(root, corpus, persist_every=5, faults=["hang rank=0 step=6"], stop_grace_s=6.0))
     assert (result.exit_code, result.step) == (75, 6)
-    assert "had not stopped after 0.5 s" in result.reason
+    assert "had not left the step with" in result.reason
     assert [folder.name for folder in _checkpoints(result.run_dir)] == ["step-00000005", "step-00000006"]
     return root
 

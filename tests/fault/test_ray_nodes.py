@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from tests.support.runs import events_of, outcome_of, tiny_config, write_corpus
 pytestmark = pytest.mark.timeout(600)
 
 _STEPS = 60
+_DRAINED_STEPS = 400
 _STRUCK_AT = 6
 _DEADLINE_S = 200.0
 
@@ -99,6 +102,14 @@ class RayCluster:
         """Our processes on every node that lives."""
         return [actor for node in self._cluster.list_all_nodes() for actor in _actors_of(_raylet(node))]
 
+    def drain(self, node: Any, *, within_s: int) -> Any:
+        """Ray's own notice that the node will be taken away."""
+        command = ["drain-node", "--address", self.address, "--node-id", node.node_id, "--reason-message", "spot"]
+        options = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(within_s)]
+        ray = str(Path(sys.executable).with_name("ray"))
+        subprocess.run([ray, *command, *options], check=True, capture_output=True, timeout=_DEADLINE_S)
+        return node
+
     def wake(self) -> None:
         """Everything that is frozen goes on."""
         for process in self._struck:
@@ -129,6 +140,14 @@ def _is_actor(process: psutil.Process) -> bool:
 
 def _actors_of(raylet: psutil.Process) -> list[psutil.Process]:
     return [process for process in raylet.children() if _is_actor(process)]
+
+
+def _is_left(node: Any) -> bool:
+    """A drained node that nobody uses any more may end by itself."""
+    try:
+        return not _actors_of(_raylet(node))
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_keeper(actor: psutil.Process) -> bool:
@@ -314,6 +333,30 @@ def test_killed_keeper_is_replaced_where_it_was_and_its_worker_carries_the_memor
     (plan,) = events_of(run_dir, "recovery_planned")
     assert plan["source"] in (LIVE, MEMORY)  # as the fault finds the ranks before or in the update
     assert outcome_of(undisturbed(3)).differences(outcome_of(run_dir)) == []
+
+
+@pytest.mark.slow
+def test_a_node_that_is_drained_is_left_at_a_step_boundary_and_costs_no_step_and_no_failure(
+    tmp_path: Path, corpus: Path, ray_nodes: RayCluster, start: Starter
+) -> None:
+    """Three of four nodes are used. Ray is told that one of them will be taken away, and later it really is."""
+    ray_nodes.grow_to(4)
+    undisturbed = train(_config(tmp_path / "undisturbed", corpus, steps=_DRAINED_STEPS)).run_dir
+    story = start(_on(ray_nodes, _config(tmp_path / "drained", corpus, steps=_DRAINED_STEPS)))
+    node = story.strike(lambda: ray_nodes.drain(ray_nodes.occupied()[0], within_s=60))
+    story.await_recovery("node drained")
+    until(lambda: _is_left(node), "the end of what was there")
+    run_dir = story.finish()
+    (notice,) = events_of(run_dir, "preemption_noticed")
+    assert (notice["host"], "drains" in notice["reason"]) == (node.node_id, True)
+    assert 30 < notice["within_s"] <= 60
+    (fault,) = events_of(run_dir, "fault_detected")
+    assert (fault["node"], fault["is_preemption"]) == (notice["node"], True)
+    (done,) = events_of(run_dir, "recovery_done")
+    assert (done["failures"], done["preemptions"], done["steps_lost"]) == (0, 1, 0)
+    assert [plan["source"] for plan in events_of(run_dir, "recovery_planned")] == [PARITY]
+    assert steps_of(run_dir, 1) == list(range(1, _DRAINED_STEPS + 1)), "no step is made twice"
+    assert outcome_of(undisturbed).differences(outcome_of(run_dir)) == []
 
 
 def test_zones_are_the_labels_of_the_ray_nodes(ray_nodes: RayCluster) -> None:

@@ -64,6 +64,12 @@ def _bring_a_node_back(cluster: ModelCluster, index: int) -> None:
     cluster.gone.discard(index % cluster.layout.nodes)
 
 
+def _give_notice(cluster: ModelCluster, index: int) -> None:
+    """Of any length; with a host to move to, without one, or with one that other nodes are on."""
+    node, within_s = index % cluster.layout.nodes, (0.5, 5.0, 40.0, 500.0)[index % 4]
+    cluster.doom(node, within_s, ("", f"new host {index}", cluster.hosts[0])[index % 3])
+
+
 def _write_checkpoint(cluster: ModelCluster, index: int) -> None:
     step = cluster.persist()
     if step is not None and index % 4 == 0:  # unnoticed until somebody loads it
@@ -91,6 +97,7 @@ _MISHAPS: dict[str, Callable[[ModelCluster, int], None]] = {
     "a keeper dies": lambda cluster, index: cluster.kill_keeper(index % cluster.layout.nodes),
     "a node goes away, perhaps for good": _take_a_node_away,
     "a node comes back": _bring_a_node_back,
+    "a node will be taken away": _give_notice,
     "a bit flips in the newest version": _damage_newest,
     "an answer is lost": _lose_an_answer,
     "a checkpoint is written": _write_checkpoint,
@@ -124,6 +131,7 @@ class HostileWorld(RuleBasedStateMachine):
         hosts=st.integers(1, 2),
         max_failures=st.integers(0, 12),
         max_no_progress=st.integers(1, 3),
+        max_preemptions=st.integers(0, 3),
         shrink_after_s=st.sampled_from([0.0, 5.0]),
         min_nodes=st.integers(1, 2),
         shares=st.sampled_from([0, 1, 6]),
@@ -137,6 +145,7 @@ class HostileWorld(RuleBasedStateMachine):
         hosts: int,
         max_failures: int,
         max_no_progress: int,
+        max_preemptions: int,
         shrink_after_s: float,
         min_nodes: int,
         shares: int,
@@ -147,6 +156,7 @@ class HostileWorld(RuleBasedStateMachine):
         recovery = RecoveryConfig(
             max_failures=max_failures,
             max_no_progress=max_no_progress,
+            max_preemptions=max_preemptions,
             shrink_after_s=shrink_after_s,
             min_nodes=min(min_nodes, nodes),
         )
@@ -215,17 +225,17 @@ class HostileWorld(RuleBasedStateMachine):
             self.cluster.check_final_state()
 
 
-def _longest_s(recovery: RecoveryConfig) -> float:
+def _longest_s(recovery: RecoveryConfig, announced: int) -> float:
     """Every fault the budget allows, each found and repaired only when the last deadline has passed, then the goal."""
     find = recovery.step_timeout_s + recovery.suspect_after_s
     gather = recovery.abort_after_s + recovery.start_timeout_s + recovery.shrink_after_s + recovery.retry_node_s
     inventory = recovery.start_timeout_s
-    return (recovery.max_failures + 2) * (find + gather + inventory + recovery.stop_grace_s) + _GOAL * 2.0
+    return (recovery.max_failures + announced + 2) * (find + gather + inventory + recovery.stop_grace_s) + _GOAL * 2.0
 
 
 def calm_down(cluster: ModelCluster) -> None:
     """Deliver everything, let everybody work, and see the run end in time."""
-    bound_s = _longest_s(cluster.recovery)
+    bound_s = _longest_s(cluster.recovery, cluster.supervisor.preemptions + 2 * len(cluster.doomed))
     end_s, told, pause_s = cluster.now + bound_s, list[m.Message](), 0.1
     while cluster.finish is None and cluster.now < end_s:
         pause_s = 0.1 if good_turn(cluster, told, pause_s) else min(pause_s * 1.5, 2.0)
@@ -236,7 +246,9 @@ def calm_down(cluster: ModelCluster) -> None:
         require(_GOAL in cluster.committed, "a finished run has committed its last step")
         require(cluster.finish.exit_code == 0, f"finished with {cluster.finish.exit_code}")
     elif cluster.finish.outcome == "failed":
-        used_up = cluster.supervisor.faults > cluster.recovery.max_failures
+        preemptions, allowed = cluster.supervisor.preemptions, cluster.recovery.max_preemptions
+        used_up = cluster.supervisor.faults - preemptions > cluster.recovery.max_failures
+        used_up |= 0 < allowed < preemptions
         require(cluster.finish.exit_code == (1 if used_up else 93), f"{cluster.finish} is not what the faults allow")
     require(
         cluster.supervisor.state is (State.FAILED if cluster.finish.outcome == "failed" else State.FINISHED), "state"

@@ -71,6 +71,7 @@ class Worker:
 
     worker: int
     node: int
+    host: str = ""
     is_alive: bool = True
     is_frozen: bool = False
     is_hung: bool = False
@@ -100,6 +101,7 @@ class Keeper:
     """A keeper process with its memory, by roster and rank, and then by version."""
 
     node: int
+    host: str = ""
     is_alive: bool = True
     has_started: bool = False
     is_known_dead: bool = False
@@ -117,6 +119,10 @@ class ModelCluster:
         self.rosters: dict[int, Roster] = {0: self.roster}
         self.gone: set[int] = set()
         """Nodes on which no process can live."""
+        self.hosts = list(layout.hosts)
+        """Where what is started for a node gets to."""
+        self.doomed: dict[str, float] = {}
+        """Hosts that will be taken away, and when."""
         self._commits: dict[int, int] = {}
         """Versions committed, by roster."""
         self.workers: dict[int, Worker] = {}
@@ -167,6 +173,8 @@ class ModelCluster:
     def tick(self, seconds: float) -> None:
         """Time passes, processes beat, the driver looks."""
         self.now += seconds
+        for host in [host for host, end_s in self.doomed.items() if end_s <= self.now]:
+            self.take_host_away(host)
         for worker in self.workers.values():
             if worker.is_alive and not worker.is_frozen:
                 self._beat(worker)
@@ -199,7 +207,7 @@ class ModelCluster:
         if worker.step >= self.goal:
             self._park(worker, m.Outcome.FINISHED)
         elif stops:
-            self._park(worker, m.Outcome.STOPPED)
+            self._park(worker, m.Outcome.STOPPED, version=worker.step)
         else:
             assert worker.epoch is not None
             worker.step, worker.is_captured = worker.step + 1, False
@@ -240,7 +248,7 @@ class ModelCluster:
 
     def _protect(self, epoch: int, version: int) -> None:
         """The keepers commit; with the second version of a roster what others have left may go."""
-        if self.recovery.shrink_after_s:
+        if self.recovery.shrink_after_s or self.doomed:
             self._later(m.Protected(epoch, version))
         number = self.roster.number
         self._commits[number] = self._commits.get(number, 0) + 1
@@ -302,6 +310,29 @@ class ModelCluster:
         for worker in [w for w in self.workers.values() if w.is_alive and w.node == node]:
             self.kill(worker, f"node {node} went away")
 
+    def doom(self, node: int, within_s: float, new_host: str = "") -> None:
+        """The host of a node will be taken away; there may be another one for all its nodes."""
+        host = self.hosts[node]
+        if host in self.doomed:
+            return
+        self.doomed[host] = self.now + within_s
+        for tenant in [n for n in range(self.layout.nodes) if self.hosts[n] == host]:
+            self._later(m.NodeDraining(tenant, host, within_s, "spot"))
+            if new_host:
+                self.hosts[tenant] = new_host
+                self._later(m.NodeMoved(tenant, new_host))
+
+    def take_host_away(self, host: str) -> None:
+        """Its time has come. What would be started there later gets to a host that has just joined."""
+        del self.doomed[host]
+        for node in [n for n in range(self.layout.nodes) if self.hosts[n] == host]:
+            self.hosts[node] = f"after {host}"
+            self._later(m.NodeMoved(node, self.hosts[node]))
+        for worker in [w for w in self.workers.values() if w.is_alive and w.host == host]:
+            self.kill(worker, f"{host} went away")
+        for keeper in [k for k in self.keepers.values() if k.is_alive and k.host == host]:
+            self.kill_keeper(keeper.node)
+
     def damage(self, rank: int, version: int) -> None:
         """Flip a bit in one copy in memory."""
         arena = self._arena(rank)
@@ -334,20 +365,29 @@ class ModelCluster:
 
     def _start_worker(self, action: m.StartWorker) -> None:
         require(action.worker not in self.workers, f"worker id {action.worker} is used twice")
-        self.workers[action.worker] = worker = Worker(action.worker, action.node)
+        self.workers[action.worker] = worker = Worker(action.worker, action.node, self.hosts[action.node])
         if action.node in self.gone:
             self.kill(worker, "there is no such node")
             return
         self._later(m.WorkerReady(action.worker, action.node, 1000 + action.worker))
 
     def _start_keeper(self, action: m.StartKeeper) -> None:
-        self.keepers[action.node] = Keeper(action.node)
+        self.keepers[action.node] = Keeper(action.node, self.hosts[action.node])
         for rank in [r for r in self.boards if r in self.roster.ranks_of(action.node)]:
             del self.boards[rank]
         if action.node in self.gone:
             self.kill_keeper(action.node)
             return
         self._later(m.KeeperReady(action.node))
+
+    def _kill_keeper(self, action: m.KillKeeper) -> None:
+        keeper = self.keepers[action.node]
+        keeper.is_alive, keeper.is_known_dead = False, True
+
+    def _persist(self, action: m.Persist) -> None:
+        step = self.persist()
+        if step is not None:
+            self._later(m.Persisted(step))
 
     def _kill_worker(self, action: m.KillWorker) -> None:
         worker = self.workers[action.worker]
@@ -371,9 +411,10 @@ class ModelCluster:
         used = [member.worker for member in members]
         require(len(set(used)) == len(used), f"a worker plays one rank, but {used}")
         for member in members:
-            host = self.layout.hosts[self.workers[member.worker].node]
+            host = self.workers[member.worker].host
             require(member.worker not in self._gone, f"a member is never a dead worker, but {member}")
-            require(host == self.layout.hosts[member.node], f"a worker shares memory with its keeper, but {member}")
+            keeper = self.keepers[member.node]
+            require(host == keeper.host, f"a worker shares memory with its keeper on {keeper.host}, but {member}")
             require(member.node == self.roster.node_of(member.rank), f"a rank stays on its node, but {member}")
 
     def _take_inventory(self, action: m.TakeInventory) -> None:
@@ -553,15 +594,19 @@ class ModelCluster:
 
     def check(self) -> None:
         """The promises that are not about a single action."""
-        allowed = self.recovery.max_failures
-        faults = self.supervisor.faults
-        require(faults <= allowed or self.finish is not None, f"{faults} faults, {allowed} allowed, and it goes on")
-        require(faults <= allowed + 1, f"{faults} faults were counted, the budget is {allowed}")
+        preemptions = self.supervisor.preemptions
+        self._check_budget("failures", self.supervisor.faults - preemptions, self.recovery.max_failures)
+        if self.recovery.max_preemptions:
+            self._check_budget("preemptions", preemptions, self.recovery.max_preemptions)
         over = self.supervisor.state in (State.FINISHED, State.FAILED)
         require(over == (self.finish is not None), f"state {self.supervisor.state} beside {self.finish}")
         for worker in self.workers.values():
             if worker.trains:
                 require(worker.worker not in self._gone, f"worker {worker.worker} trains after its end")
+
+    def _check_budget(self, what: str, count: int, allowed: int) -> None:
+        require(count <= allowed or self.finish is not None, f"{count} {what}, {allowed} allowed, and it goes on")
+        require(count <= allowed + 1, f"{count} {what} were counted, the budget is {allowed}")
 
     def check_final_state(self) -> None:
         """Every step that was committed is the one the undisturbed run computes."""
@@ -572,7 +617,9 @@ class ModelCluster:
 _PERFORM: Mapping[type[m.Action], Callable[[ModelCluster, Any], None]] = {
     m.StartWorker: ModelCluster._start_worker,
     m.StartKeeper: ModelCluster._start_keeper,
+    m.KillKeeper: ModelCluster._kill_keeper,
     m.KillWorker: ModelCluster._kill_worker,
+    m.Persist: ModelCluster._persist,
     m.Fence: ModelCluster._fence,
     m.AbortWorker: ModelCluster._abort_worker,
     m.TakeInventory: ModelCluster._take_inventory,

@@ -10,11 +10,14 @@ import pytest
 
 import holdfast
 from holdfast import knobs
+from holdfast.fault_tolerance.config import RecoveryConfig
+
+_OF_RAY_JOBS = ("RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*knobs.set_knobs(), "RAY_ADDRESS", "WANDB_API_KEY"):
+    for name in (*knobs.set_knobs(), "RAY_ADDRESS", "WANDB_API_KEY", *_OF_RAY_JOBS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -43,6 +46,28 @@ def test_other_programs_variables_count_when_they_hold_something(
     assert read() == "value"
 
 
+@pytest.mark.parametrize(
+    ("wait", "is_job", "leaves_s", "grace_s"),
+    [
+        ("", False, None, 60.0),
+        ("", True, 3.0, 2.7),  # what Ray does unless told otherwise
+        ("30", True, 30.0, 27.0),
+        ("120", False, 120.0, 108.0),
+        ("soon", True, 3.0, 2.7),
+        ("-1", False, None, 60.0),
+        ("inf", False, None, 60.0),
+    ],
+)
+def test_a_ray_job_has_as_much_time_to_stop_as_ray_leaves_it(
+    monkeypatch: pytest.MonkeyPatch, wait: str, is_job: bool, leaves_s: float | None, grace_s: float
+) -> None:
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", wait)
+    if is_job:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert (knobs.ray_stop_wait_s(), knobs.stop_grace_s()) == (leaves_s, grace_s)
+    assert RecoveryConfig().stop_grace_s == grace_s
+
+
 def test_our_variables_are_listed_in_order_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert knobs.set_knobs() == {}
     for name in ("HOLDFAST_ZEBRA", "HOLDFAST_HOME", "WANDB_API_KEY", "MY_HOLDFAST_X"):
@@ -68,6 +93,6 @@ def _reads_of_the_environment(path: Path) -> list[str]:
 
 def test_no_other_module_reads_the_environment() -> None:
     package = Path(holdfast.__path__[0])
-    assert len(_reads_of_the_environment(package / "knobs.py")) == 3
+    assert len(_reads_of_the_environment(package / "knobs.py")) == 5
     others = [path for path in package.rglob("*.py") if path.name != "knobs.py"]
     assert [read for path in others for read in _reads_of_the_environment(path)] == []

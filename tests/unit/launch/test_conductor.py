@@ -20,6 +20,7 @@ from holdfast.events import (
     Evaluated,
     FaultDetected,
     MemoryEvents,
+    PreemptionNoticed,
     RecoveryPlanned,
     StopRequested,
 )
@@ -36,7 +37,7 @@ from holdfast.launch import conductor as conductor_module
 from holdfast.launch.conductor import Conductor, Verdict
 from holdfast.launch.crew import ProcessSpecs
 from holdfast.launch.durable import DurableTier
-from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
+from holdfast.launch.fleet import Address, Completion, Draining, Lost, Report, Role
 from holdfast.trainer.config import TrainerConfig
 from holdfast.types import Phase, StepReport
 
@@ -86,6 +87,7 @@ class _Fleet:
         """The next answer of a process to a method is this error."""
         self.alive: set[Address] = set()
         self.homes = ["here"] * _WORLD
+        self.notices: dict[int, Draining] = {}
         self.notes: list[dict[str, Any]] = []
         """What rank 0 has to tell besides steps."""
         self.memory: dict[int, dict[int, int]] = {rank: {} for rank in range(_WORLD)}
@@ -103,6 +105,9 @@ class _Fleet:
 
     def hosts(self, nodes: int) -> Sequence[str]:
         return tuple(self.homes[:nodes])
+
+    def draining(self) -> Mapping[int, Draining]:
+        return self.notices
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         assert target not in self.alive, f"{target} is started although it lives"
@@ -315,10 +320,11 @@ class _Run:
         durable = DurableTier(
             str(root / "checkpoints"), self.config.snapshot, world=_WORLD, config_digest="cfg", events=self.events
         )
+        self.supervisor = Supervisor(layout, self.config.recovery, now=self.clock.now())
         self.conductor = Conductor(
             self.config,
             fleet=self.fleet,
-            supervisor=Supervisor(layout, self.config.recovery, now=self.clock.now()),
+            supervisor=self.supervisor,
             layout=layout,
             specs=ProcessSpecs(worker={"for": "workers"}, keeper={"for": "keepers"}),
             durable=durable,
@@ -799,6 +805,70 @@ def test_a_run_that_is_stopped_leaves_at_a_step_boundary_and_is_saved(run: _Run)
 
 
 @pytest.mark.parametrize("method", ["ready", "admit", "attach", "inventory", "forget_above"])
+def _hung_step(run: _Run, told: str = "SIGTERM received") -> Story:
+    """Step 6 is finished, the next one is not when somebody wants to stop."""
+    yield from run.training(1)
+    run.fleet.train(6)
+    yield from run.pause(0.5)
+    run.fleet.held_back |= {(_worker(number), "stop") for number in range(_WORLD)}
+    run.conductor.stop(told)
+
+
+def test_what_is_finished_is_on_disk_long_before_ranks_that_do_not_leave_are_given_up(run: _Run) -> None:
+    began, saved_s = run.clock.now(), list[float]()
+
+    def story() -> Story:
+        yield from _hung_step(run)
+        yield from run.until(lambda: run.on_disk() == [6])
+        saved_s.append(run.clock.now() - began)
+
+    verdict = run.play(story)
+    grace_s = run.config.recovery.stop_grace_s
+    assert (verdict.outcome, verdict.exit_code, verdict.step) == ("stopped", 75, 6)
+    assert saved_s[0] < 0.2 * grace_s < 0.4 * grace_s < run.clock.now() - began < 0.6 * grace_s
+    assert "had not left the step with" in verdict.reason
+    assert len(run.events.of(CheckpointWritten)) == 1, "nothing newer came"
+
+
+def test_a_checkpoint_that_is_being_written_when_ranks_are_given_up_is_finished(run: _Run) -> None:
+    grace_s = run.config.recovery.stop_grace_s
+    run.fleet.held_back.add((_keeper(1), "persist"))
+
+    def story() -> Story:
+        yield from _hung_step(run)
+        yield from run.until(lambda: any(method == "SIGKILL" or method == "fence" for method, _ in run.fleet.log[-4:]))
+        yield from run.pause(0.1 * grace_s)
+        run.fleet.held_back.clear()
+
+    verdict = run.play(story)
+    assert (verdict.outcome, verdict.step, run.on_disk()) == ("stopped", 6, [6])
+    assert [method for method, target in run.fleet.log if target == _keeper(0)].count("persist") == 1
+
+
+def test_a_notice_is_told_before_the_move_that_it_causes_and_the_newest_version_goes_to_disk(
+    run: _Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, handle = list[m.Message](), run.supervisor.handle
+
+    def noted(message: m.Message, now: float) -> list[m.Action]:
+        told.append(message)
+        return handle(message, now)
+
+    monkeypatch.setattr(run.supervisor, "handle", noted)
+
+    def story() -> Story:
+        yield from run.training(1)
+        run.fleet.train(4)
+        run.fleet.notices, run.fleet.homes[1] = {1: Draining("here", 30.0, "spot")}, "there"
+        yield from run.until(lambda: run.on_disk() == [4])
+        yield
+
+    run.watch(story)
+    news = [message for message in told if isinstance(message, m.NodeDraining | m.NodeMoved | m.Persisted)]
+    assert news == [m.NodeDraining(1, "here", 30.0, "spot"), m.NodeMoved(1, "there"), m.Persisted(4)]
+    assert [event.node for event in run.events.of(PreemptionNoticed)] == [1]
+
+
 def test_a_run_that_is_stopped_while_it_starts_has_nothing_to_save(run: _Run, method: str) -> None:
     late = _worker(1) if method == "attach" else _keeper(1)
     run.fleet.held_back.add((late, method))
@@ -957,7 +1027,7 @@ def test_whoever_leaves_at_once_has_what_is_on_disk_already(run: _Run) -> None:
         yield from run.pause(0.5)
 
     run.watch(story)
-    verdict = run.conductor.leave(130)
+    verdict = run.conductor.leave(130, "a second signal")
     assert (verdict.outcome, verdict.exit_code, verdict.step, run.on_disk()) == ("stopped", 130, 4, [4])
     assert len(run.events.of(CheckpointWritten)) == 1
 

@@ -175,3 +175,25 @@ def test_a_port_that_nobody_listens_at_does_not_answer() -> None:
     with _listening() as (_, node):
         pass
     assert not answers(node)
+
+
+def test_whoever_lives_on_a_node_that_will_be_taken_away_moves_as_soon_as_there_is_room() -> None:
+    cluster = _Cluster("abc", gpus=1.0)
+    nodes = cluster.homes_of(3, gpus=1.0)
+    assert nodes.shun({"b"}) == {}, "everywhere else is taken"
+    assert (_names(nodes), nodes.is_stranded(1), nodes.is_stranded(0)) == ("abc", True, False)
+    assert nodes.leave_silent(1) == {}, "it still answers, and what lives there is not lost"
+    cluster.known["d"] = RayNode("d", "10.0.0.1", 1, 1.0)
+    assert {tenant: old.name for tenant, old in nodes.shun({"b"}).items()} == {1: "b"}
+    assert (_names(nodes), nodes.is_stranded(1)) == ("adc", False)
+    assert nodes.shun({"b"}) == {}
+
+
+def test_nobody_moves_to_a_node_that_will_be_taken_away() -> None:
+    cluster = _Cluster("abc")
+    nodes = RayNodes(2, cluster.look, answers=cluster.answers, doomed={"a"})
+    assert _names(nodes) == "bc"
+    cluster.silent = {"b"}
+    nodes.leave_silent(0)
+    assert _names(nodes) == "cc"
+    assert _names(RayNodes(2, cluster.look, answers=cluster.answers, doomed=set("abc"))) == "ac", "better than none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -156,3 +157,26 @@ def test_outside_the_main_thread_it_waits_for_wishes_and_leaves_the_signals_alon
     thread.join(_DEADLINE_S)
     assert (asked, during) == (["stopped in the browser"], [before])
     assert _handlers() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "code"), [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGUSR1, SystemExit, 143)]
+)
+def test_when_the_grace_is_over_the_main_thread_is_woken_as_by_a_second_signal(
+    number: signal.Signals, kind: type[BaseException], code: int
+) -> None:
+    with StopSignals(0.2) as signals:
+        signal.raise_signal(number)
+        assert not signals.is_overdue
+        began_s = time.monotonic()
+        with pytest.raises(kind):
+            time.sleep(_DEADLINE_S)
+        assert 0.1 < time.monotonic() - began_s < _DEADLINE_S / 2
+        assert (signals.is_overdue, signals.exit_code) == (True, code)
+
+
+def test_whoever_is_done_in_time_is_not_woken() -> None:
+    with StopSignals(0.2) as signals:
+        signal.raise_signal(signal.SIGTERM)
+    time.sleep(0.4)
+    assert not signals.is_overdue

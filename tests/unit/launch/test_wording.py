@@ -130,6 +130,7 @@ def test_the_events_without_words_are_those_that_other_words_tell() -> None:
         e.StagesMeasured(7, {"1": 0.25}),
         e.StageRebuilt(2, 7, "checkfree", [1, 3], 0.25, 4096),
         e.StepLeftOut(7, "loss=nan at step 7 is not finite", 6),
+        e.PreemptionNoticed(1, "ab12", 30.0, "Ray drains it"),
         e.StopRequested("SIGINT received"),
         e.WorldChanged(3, 3, 2, "node 1 did not come back"),
     ]
@@ -205,3 +206,33 @@ def test_what_was_broken_on_purpose_is_told_apart_from_faults() -> None:
 def test_a_value_that_is_no_number_is_shown_as_it_is() -> None:
     lines = describe(e.Evaluated(6, math.nan, 96), _AT)
     assert lines == [f"EVAL  {_AT} step 6: nan bits/byte over 96 windows"]
+
+
+@pytest.mark.parametrize(
+    ("preemptions", "allowed", "words"),
+    [
+        (0, 0, "failures 1/10"),
+        (2, 0, "failures 1/10 (preemptions 2, no limit)"),
+        (2, 3, "failures 1/10 (preemptions 2/3)"),
+    ],
+)
+def test_preemptions_stand_beside_failures_with_a_limit_of_their_own(
+    preemptions: int, allowed: int, words: str
+) -> None:
+    done = e.RecoveryDone(3, 2, 7, 1.5, 0, 0, 1, 10, {}, preemptions, allowed)
+    (line,) = describe(done, _AT)
+    assert line.endswith(f"; {words}")
+
+
+def test_a_notice_and_what_follows_from_it_are_no_faults_to_the_eye() -> None:
+    assert describe(e.PreemptionNoticed(1, "ab12", 30.0, "Ray drains it"), _AT) == [
+        f"DRAIN {_AT} node 1 will be taken away within 30.0 s: Ray drains it"
+    ]
+    assert describe(e.PreemptionNoticed(1, "ab12", None, "spot"), _AT) == [
+        f"DRAIN {_AT} node 1 will be taken away soon: spot"
+    ]
+    fault = e.FaultDetected(1, (1,), 1, 77, "its host went away", "vote", 6, 0.25, is_preemption=True)
+    assert describe(fault, _AT)[0].startswith(f"DRAIN {_AT} rank 1 lost (node 1, pid 77): its host")
+    ended = e.RunEnded("stopped", 7, 1.0, 3, 0, 75, "SIGTERM received", preemptions=2)
+    (head, *_) = ending(ended, total_steps=9, bits_per_byte=None, facts={}, next_command="")
+    assert "3 faults, 0 steps lost, 2 preemptions of these" in head

@@ -310,6 +310,11 @@ class Generated(Event):
 class StopRequested(Event):
     reason: str
 
+    @property
+    def is_notice(self) -> bool:
+        """What schedulers send before they take a machine away, and no person's wish."""
+        return self.reason.startswith(("SIGTERM", "SIGUSR1"))
+
 
 @dataclass(frozen=True, slots=True)
 class RunEnded(Event):

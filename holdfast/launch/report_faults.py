@@ -45,6 +45,7 @@ def _section(story: FaultStory, words: Mapping[str, str]) -> Section:
     facts = {
         "time": f"{_at(story.time_s)}, attempt {story.attempt}",
         "lost": _who(story),
+        "announced": "a preemption, and no failure" if story.fault.is_preemption else "",
         "phase": f"{story.fault.phase or 'unknown'}, last step {story.fault.last_step:,}",
         "on purpose": "\n".join(f"shortly before, {one.source}" for one in story.injected),
         "decision": "\n".join(map(_decision, story.plans)) or "none: the run did not go on in this attempt",
@@ -66,7 +67,7 @@ def _repair(done: RecoveryDone) -> dict[str, str]:
         "resumed": f"at step {done.step:,}, epoch {done.epoch}",
         "steps lost": f"{done.steps_lost:,}",
         "moved": size(done.bytes_moved),
-        "budget": f"failure {done.failures} of {done.failures_allowed}",
+        "budget": f"failures {done.failures} of {done.failures_allowed}, preemptions {done.preemptions}",
     }
 
 

@@ -11,15 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from holdfast.events import Event, FaultDetected, Protection, RecoveryDone, RunStarted, StopRequested
+from holdfast.events import Event, FaultDetected, PreemptionNoticed, Protection, RecoveryDone, RunStarted, StopRequested
 from holdfast.fault_tolerance.protection import DEGRADED, FULL, REDUCED
 from holdfast.trainer.goodput import GoodputMeter
 from holdfast.types import StepReport
 
 __all__ = ["METRICS", "Meter", "Metric", "RunMetrics", "Sample"]
 
-_NOTICES = ("SIGTERM", "SIGUSR1")
-"""What schedulers send before they take a machine away; a stop for another reason is somebody's wish."""
 _LEVELS = {DEGRADED: 0.0, REDUCED: 1.0, FULL: 2.0}
 
 
@@ -49,7 +47,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("holdfast_failure_budget_left", "Failures that recovery.max_failures still allows"),
         Metric("holdfast_goodput_ratio", "Share of the attempt's time that made steps that count"),
         Metric("holdfast_failures_total", "Faults by what was lost: worker or keeper", is_counter=True, tags=_KIND),
-        Metric("holdfast_preemptions_total", "Notices that the machine will be taken away", is_counter=True),
+        Metric("holdfast_preemptions_total", "Notices that the driver or a node will be taken away", is_counter=True),
         Metric("holdfast_lost_steps_total", "Steps that had to be done again", is_counter=True),
     )
 }
@@ -115,15 +113,16 @@ class RunMetrics:
     def event(self, event: Event, now_s: float) -> None:
         if isinstance(event, RunStarted):
             self._goodput = GoodputMeter(now_s)
-        elif isinstance(event, FaultDetected):
+        elif isinstance(event, FaultDetected) and not event.is_preemption:
             self._failures["worker" if event.ranks else "keeper"] += 1
-            self._values["holdfast_failure_budget_left"] = float(max(self._max_failures - event.number, 0))
+            left = self._max_failures - sum(self._failures.values())
+            self._values["holdfast_failure_budget_left"] = float(max(left, 0))
         elif isinstance(event, RecoveryDone):
             self._values["holdfast_recovery_seconds"] = event.repaired_in_s
             self._values["holdfast_lost_steps_total"] += event.steps_lost
         elif isinstance(event, Protection):
             self._values["holdfast_protection_level"] = _LEVELS.get(event.level, 0.0)
-        elif isinstance(event, StopRequested) and event.reason.startswith(_NOTICES):
+        elif isinstance(event, PreemptionNoticed) or (isinstance(event, StopRequested) and event.is_notice):
             self._values["holdfast_preemptions_total"] += 1
 
     def samples(self, now_s: float, *, parity_s: float) -> Iterator[Sample]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from holdfast.events import Event, RunEnded, RunStarted
+from holdfast.events import Event, FaultDetected, RunEnded, RunStarted
 from holdfast.launch.read_back import event_of, report_of, time_of
 from holdfast.launch.read_lines import NewLines
 from holdfast.launch.records import read_yaml
@@ -119,6 +119,13 @@ class RunView:
         if not starts or not _is_of(self.events[starts[-1]].event, len(self.record["attempts"])):
             return ()
         return self.events[starts[-1] :]
+
+    @property
+    def faults_of_attempt(self) -> tuple[int, int]:
+        """Failures and preemptions of the newest attempt."""
+        faults = [one.event for one in self.newest_attempt if isinstance(one.event, FaultDetected)]
+        preempted = sum(fault.is_preemption for fault in faults)
+        return len(faults) - preempted, preempted
 
     @property
     def is_over(self) -> bool:

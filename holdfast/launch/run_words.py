@@ -113,11 +113,12 @@ def _world(view: RunView) -> str:
 
 
 def _budget(view: RunView) -> str:
-    used = sum(isinstance(one.event, e.FaultDetected) for one in view.newest_attempt)
-    allowed = view.config.get("recovery.max_failures")
+    used, preempted = view.faults_of_attempt
+    allowed, limit = (view.config.get(f"recovery.max_{what}") for what in ("failures", "preemptions"))
     injected = len(list(view.of(e.FaultInjected)))
     on_purpose = f"; {injected} injected on purpose in all attempts" if injected else ""
-    return f"failures {used} of {allowed} in this attempt{on_purpose}" if isinstance(allowed, int) else ""
+    taken = f", preemptions {preempted}{f' of {limit}' if limit else ', no limit'}," if preempted else ""
+    return f"failures {used} of {allowed}{taken} in this attempt{on_purpose}" if isinstance(allowed, int) else ""
 
 
 def _fault(view: RunView) -> str:

@@ -57,8 +57,10 @@ def _plain(view: RunView) -> dict[str, object]:
         "checkpoint_step": disk_step,
         "checkpoint_time": disk_s,
         "world": worlds[-1] if worlds else None,
-        "failures": sum(isinstance(one.event, e.FaultDetected) for one in view.newest_attempt),
+        "failures": view.faults_of_attempt[0],
         "failures_allowed": view.config.get("recovery.max_failures"),
+        "preemptions": view.faults_of_attempt[1],
+        "preemptions_allowed": view.config.get("recovery.max_preemptions") or None,
         "last_fault": {"time": faults[-1][0], "cause": faults[-1][1].cause} if faults else None,
     }
 

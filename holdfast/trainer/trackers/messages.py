@@ -11,6 +11,7 @@ from holdfast.events import (
     Evaluated,
     Event,
     FaultDetected,
+    PreemptionNoticed,
     RecoveryDone,
     RunEnded,
     RunStarted,
@@ -65,14 +66,14 @@ def _messages(item: StepReport | Event) -> Iterator[Message]:
         yield {"do": "rollback", "step": max(item.version, 0)}
     elif isinstance(item, CheckpointWritten):
         yield {"do": "checkpoint", "step": item.step, "name": item.path}
-    elif isinstance(item, StopRequested):
+    elif isinstance(item, PreemptionNoticed) or (isinstance(item, StopRequested) and item.is_notice):
         yield {"do": "preempting"}
     else:
         yield from _of_trouble(item)
 
 
 def _of_recovery(done: RecoveryDone) -> Iterator[Message]:
-    names = ("repaired_in_s", "steps_lost", "failures")
+    names = ("repaired_in_s", "steps_lost", "failures", "preemptions")
     yield _log(done.step, {f"recovery/{name}": getattr(done, name) for name in names})
     text = f"resumed at step {done.step:,}, {done.repaired_in_s:.1f} s, {done.steps_lost} step(s) lost"
     yield _alert(f"recovered from fault {done.number}", text, "INFO")
@@ -87,11 +88,11 @@ def _of_rebuilt(rebuilt: StageRebuilt) -> Iterator[Message]:
 def _of_trouble(event: Event) -> Iterator[Message]:
     if isinstance(event, FaultDetected):
         text = f"{event.cause}\n\nin {event.phase}, last step {event.last_step:,}"
-        yield _alert(f"fault {event.number}", text, "WARN")
+        yield _alert(f"{'preemption' if event.is_preemption else 'fault'} {event.number}", text, "WARN")
     elif isinstance(event, WorldChanged):
         yield _alert(f"{event.world} ranks instead of {event.world_before}", event.reason, "WARN")
     elif isinstance(event, RunEnded):
-        names = ("outcome", "reason", "faults", "steps_lost", "exit_code")
+        names = ("outcome", "reason", "faults", "preemptions", "steps_lost", "exit_code")
         yield _summary(**{name: getattr(event, name) for name in names})
         if event.outcome == "failed":
             yield _alert("the run has failed", event.reason, "ERROR")

@@ -95,7 +95,7 @@ def test_a_report_tells_the_whole_story_in_html_and_in_markdown(tmp_path: Path) 
         "in 3.50 s: regroup 0.50 s, restore 2.00 s, first step 1.00 s",
         "0.50 s after the last sign of life",
         "2.0 kB",
-        "failure 1 of 10",
+        "failures 1 of 10, preemptions 0",
         "last words",
         "step-00000009",
         "so it",

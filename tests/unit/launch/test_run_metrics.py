@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def test_faults_use_the_budget_and_only_a_schedulers_notice_is_a_preemption() ->
     metrics.event(Protection("degraded", ""), 1.0)
     metrics.event(FaultDetected(2, (), 1, 7, "keeper", "update", 3, 0.1), 2.0)
     metrics.event(RecoveryDone(2, 2, 4, 1.25, 3, 0, 2, 3, {}), 3.0)
+    metrics.event(replace(_FAULT, is_preemption=True), 3.5)  # costs nothing of the budget
     for reason in ("SIGTERM received", "SIGINT received", "somebody stopped the run in W&B"):
         metrics.event(StopRequested(reason), 4.0)
     values = _values(metrics, 5.0)
@@ -110,7 +112,7 @@ def test_counters_are_told_by_how_much_they_have_grown() -> None:
     export.emit(_FAULT)
     export.export(meter, 0.0)
     assert meter.counters == {"holdfast_failures_total": 2}
-    assert meter.gauges["holdfast_failure_budget_left"] == 2
+    assert meter.gauges["holdfast_failure_budget_left"] == 1
     assert meter.tags == {(("run_id", "r"), ("attempt", "2"))}
 
 

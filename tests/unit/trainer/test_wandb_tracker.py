@@ -210,7 +210,7 @@ def test_events_become_metrics_alerts_and_the_exit_code(tmp_path: Path, fake_wan
     fake_wandb("")
     ended = RunEnded("failed", 9, 1.0, 1, 1, 93, "no progress")
     fewer = WorldChanged(2, 3, 2, "node(s) 1 are not ready after 10 s")
-    begun, stop = RunStarted("r", 1, 3, ""), StopRequested("x")
+    begun, stop = RunStarted("r", 1, 3, ""), StopRequested("SIGTERM received")
     _run(_tracker(tmp_path), begun, _FAULT, fewer, _DONE, Evaluated(9, 2.31, 96), stop, ended)
     assert calls(tmp_path, "alert") == [
         ["fault 1", "WARN"],
@@ -241,6 +241,7 @@ def test_the_summary_says_what_became_of_the_run_and_where_it_is(tmp_path: Path,
         "outcome": "finished",
         "reason": "",
         "faults": 1,
+        "preemptions": 0,
         "steps_lost": 4,
         "exit_code": 0,
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PREFIX", "home", "ray_address", "set_knobs", "wandb_key"]
+__all__ = ["PREFIX", "RayJob", "home", "ray_address", "ray_auth_mode", "ray_job", "set_knobs", "wandb_key"]
 
 PREFIX = "HOLDFAST_"
 
@@ -18,6 +20,34 @@ def home() -> Path:
 def ray_address() -> str | None:
     """Ray's own ``RAY_ADDRESS`` (config key ``launch.address``)."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+@dataclass(frozen=True, slots=True)
+class RayJob:
+    """The Ray job that this process is the driver of."""
+
+    submission_id: str
+    """What ``ray job logs`` and ``ray job stop`` take."""
+    stop_wait_s: int | None
+    """Between the SIGTERM and the SIGKILL of ``ray job stop``; None where the submitter has not set it, and Ray waits 3 s."""
+
+
+def ray_job() -> RayJob | None:
+    """What Ray's job supervisor tells its driver; None in any other process. Nothing here is a setting of ours."""
+    told = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    if told is None:
+        return None
+    try:
+        submission_id = str(json.loads(told)["metadata"]["job_submission_id"])
+    except (ValueError, KeyError, TypeError):  # another version of Ray; that it is a job is what counts
+        submission_id = ""
+    wait = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "")
+    return RayJob(submission_id, int(wait) if wait.isdecimal() else None)
+
+
+def ray_auth_mode() -> str:
+    """Ray's own ``RAY_AUTH_MODE``: ``token``, ``disabled``, or empty when Ray decides by itself."""
+    return os.environ.get("RAY_AUTH_MODE", "")
 
 
 def wandb_key() -> str | None:

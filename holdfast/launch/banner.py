@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,10 @@ from holdfast.trainer.token_store import TokenStore
 if TYPE_CHECKING:
     from holdfast.trainer.adapting import Bricks
 
-__all__ = ["banner"]
+__all__ = ["banner", "ray_job_facts"]
 
+_RAY_STOP_WAIT_S = 3
+"""Ray's own default."""
 _REASONS = 3
 """Runs that were passed over, each with its reason; more would push the rest off the screen."""
 
@@ -42,6 +45,19 @@ def banner(
     }
     set_knobs = ", ".join(f"{name}={value}" for name, value in knobs.set_knobs().items())
     return {**facts, "environ": set_knobs} if set_knobs else facts
+
+
+def ray_job_facts(job: knobs.RayJob | None, *, stop_grace_s: float) -> Mapping[str, str]:
+    """That this is a Ray job, and whether ``ray job stop`` leaves it the time to save itself; nothing elsewhere."""
+    if job is None:
+        return {}
+    wait_s = _RAY_STOP_WAIT_S if job.stop_wait_s is None else job.stop_wait_s
+    stops = f"ray job stop leaves {wait_s} s for saving"
+    if wait_s < stop_grace_s:
+        why = "RAY_JOB_STOP_WAIT_TIME_S is not set" if job.stop_wait_s is None else "RAY_JOB_STOP_WAIT_TIME_S is small"
+        ask = f'--runtime-env-json \'{{"env_vars": {{"RAY_JOB_STOP_WAIT_TIME_S": "{math.ceil(stop_grace_s) * 2}"}}}}\''
+        stops = f"WARNING: {stops}, because {why}; submit with {ask} or with holdfast submit"
+    return {"ray job": f"{job.submission_id}\n{stops}"}
 
 
 def _shortened(how: str) -> str:

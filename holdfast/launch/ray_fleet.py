@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from holdfast import knobs
+from holdfast import __version__, knobs
 from holdfast.configs.schema import LaunchConfig
 from holdfast.errors import ConfigurationError
 from holdfast.launch.fleet import Address, Completion, Lost, Report, Role
@@ -45,6 +46,10 @@ __all__ = ["RayFleet"]
 logger = logging.getLogger(__name__)
 
 _STOP_DEADLINE_S = 5.0
+_LOOK_DEADLINE_S = 60.0
+"""For a process to start on every node and look for a file."""
+_STALE_S = 5.0
+"""How long a network file system may go on saying that a new file does not exist."""
 _LOOK_AGAIN_S = 5.0
 """Between two looks for a Ray node that a virtual node could move to."""
 
@@ -164,6 +169,33 @@ class RayFleet:
 
     def zones(self, nodes: int) -> Sequence[str]:
         return [home.zone for home in self._nodes.homes[:nodes]]
+
+    def unshared(self, marker: Path, word: str) -> list[str]:
+        homes = {home.name: home for home in self._nodes.homes}
+        if self._temp_dir is not None:  # a private Ray, all of it on this host
+            return []
+        here = NodeAffinitySchedulingStrategy
+        looks = {
+            _look.options(scheduling_strategy=here(name, soft=False)).remote(str(marker)): home
+            for name, home in homes.items()
+        }
+        seen, late = ray.wait(list(looks), num_returns=len(looks), timeout=_LOOK_DEADLINE_S)
+        for ref in late:  # whether the node lives is found out when something is to start there
+            logger.warning("%s has not told within %g s whether it sees %s", looks[ref], _LOOK_DEADLINE_S, marker)
+        return [problem for ref in seen for problem in _problems_of(ref, looks[ref], marker, word)]
+
+    def adopt(self, run_tag: str) -> Sequence[Address]:
+        if self._temp_dir is not None:  # nobody else has ever been here
+            return ()
+        for name in sorted(ray.util.list_named_actors(), key=_order_of_keeper):
+            found = re.fullmatch(rf"keeper-(\d+)-{re.escape(run_tag)}-\d+", name)
+            if found is None:
+                continue
+            with contextlib.suppress(ValueError):  # it has left meanwhile
+                node = min(int(found[1]), self._config.nodes - 1)
+                home = self._nodes.homes[node]
+                self._processes[Address(Role.KEEPER, int(found[1]))] = _Process(ray.get_actor(name), node, home)
+        return tuple(self._processes)
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         self._next_call += 1
@@ -300,6 +332,43 @@ class RayFleet:
                     ray.kill(leaving[ref], no_restart=True)
         self._processes.clear()
         self._calls.clear()
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look(marker: str) -> tuple[str, str | None]:
+    """The version of Holdfast on this node, and what it reads in a file; None if there is none."""
+    end = time.monotonic() + _STALE_S
+    while True:
+        try:
+            return __version__, Path(marker).read_text()
+        except OSError:
+            if time.monotonic() >= end:
+                return __version__, None
+            time.sleep(0.2)
+
+
+def _problems_of(look: ray.ObjectRef, home: RayNode, marker: Path, word: str) -> list[str]:
+    try:
+        version, read = ray.get(look)
+    except RayActorError as error:
+        return [f"{home}: {_cause(error)}"]
+    except RayError as error:
+        return [f"{home} cannot run Holdfast: {str(error).strip().splitlines()[-1]}; install the same there as here"]
+    problems = []
+    if version != __version__:
+        problems.append(f"{home} has Holdfast {version}, the driver {__version__}; install one version everywhere")
+    if read != word:
+        problems.append(
+            f"root={marker.parents[3]} must be one directory for all nodes, and {home} does not see what the driver has "
+            "written there; set root to storage that is mounted on every node"
+        )
+    return problems
+
+
+def _order_of_keeper(name: str) -> int:
+    """The last one that a node had is the one that counts."""
+    last = name.rpartition("-")[2]
+    return int(last) if last.isdecimal() else -1
 
 
 def _living() -> list[RayNode]:

@@ -7,7 +7,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PREFIX", "RayJob", "home", "ray_address", "ray_auth_mode", "ray_job", "set_knobs", "wandb_key"]
+__all__ = [
+    "PREFIX",
+    "RayJob",
+    "has_ray_token",
+    "home",
+    "ray_address",
+    "ray_auth_mode",
+    "ray_dashboard",
+    "ray_job",
+    "set_knobs",
+    "wandb_key",
+]
 
 PREFIX = "HOLDFAST_"
 
@@ -29,7 +40,7 @@ class RayJob:
     submission_id: str
     """What ``ray job logs`` and ``ray job stop`` take."""
     stop_wait_s: int | None
-    """Between the SIGTERM and the SIGKILL of ``ray job stop``; None where the submitter has not set it, and Ray waits 3 s."""
+    """Between the SIGTERM and the SIGKILL of ``ray job stop``; None where nobody has set it, and Ray waits 3 s."""
 
 
 def ray_job() -> RayJob | None:
@@ -45,9 +56,21 @@ def ray_job() -> RayJob | None:
     return RayJob(submission_id, int(wait) if wait.isdecimal() else None)
 
 
+def ray_dashboard() -> str | None:
+    """Ray's own ``RAY_API_SERVER_ADDRESS``, for ``holdfast submit`` (option ``--address``)."""
+    return os.environ.get("RAY_API_SERVER_ADDRESS") or None
+
+
 def ray_auth_mode() -> str:
     """Ray's own ``RAY_AUTH_MODE``: ``token``, ``disabled``, or empty when Ray decides by itself."""
     return os.environ.get("RAY_AUTH_MODE", "")
+
+
+def has_ray_token() -> bool:
+    """Whether Ray finds a token where it looks: ``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH``, ``~/.ray/auth_token``."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").is_file()
 
 
 def wandb_key() -> str | None:

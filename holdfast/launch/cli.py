@@ -243,6 +243,18 @@ def _adapt(words: Sequence[str]) -> int:
     return adapt(words)
 
 
+def _submit(words: Sequence[str]) -> int:
+    from holdfast.launch.submit_command import submit
+
+    return submit(words)
+
+
+def _doctor(words: Sequence[str]) -> int:
+    from holdfast.launch.doctor_command import doctor
+
+    return doctor(words)
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
     does: str
@@ -254,5 +266,7 @@ _COMMANDS: Mapping[str, _Command] = {
     "adapt": _Command("teach a frozen model one domain after the other; route and write with what it learned", _adapt),
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
+    "submit": _Command("run a training as a Ray job, watch it and end with its exit code", _submit),
+    "doctor": _Command("check this machine, its Ray and a run for what would stop a training", _doctor),
     "inject": _Command("break something in a run that is going on, to see it recover", _inject),
 }

@@ -41,7 +41,7 @@ with warnings.catch_warnings():
     from ray.exceptions import GetTimeoutError, RayActorError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["RayFleet"]
+__all__ = ["NodeReport", "RayFleet"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,36 @@ class _Actor:
     def leave(self) -> None:
         self._host.hang_up()
         os._exit(0)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """What a Ray node says of itself."""
+
+    node: str
+    broken: str = ""
+    """Why it cannot run Holdfast."""
+    version: str = ""
+    read: str | None = None
+    """The content of the marker; None if the node does not see it."""
+    ahead_s: float = 0.0
+    """By how much its clock is ahead of ours at least, negative if it is behind; 0 if they may agree."""
+
+    def problems(self, marker: Path, word: str) -> list[str]:
+        """What keeps it from taking part in a run whose driver has written ``word``."""
+        if self.broken:
+            return [f"{self.node} cannot run Holdfast: {self.broken}; install the same there as here"]
+        problems = []
+        if self.version != __version__:
+            problems.append(
+                f"{self.node} has Holdfast {self.version}, the driver {__version__}; install one version everywhere"
+            )
+        if self.read != word:
+            problems.append(
+                f"root={marker.parents[3]} must be one directory for all nodes, and {self.node} does not see what the "
+                "driver has written there; set root to storage that is mounted on every node"
+            )
+        return problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,18 +201,19 @@ class RayFleet:
         return [home.zone for home in self._nodes.homes[:nodes]]
 
     def unshared(self, marker: Path, word: str) -> list[str]:
-        homes = {home.name: home for home in self._nodes.homes}
         if self._temp_dir is not None:  # a private Ray, all of it on this host
             return []
-        here = NodeAffinitySchedulingStrategy
-        looks = {
-            _look.options(scheduling_strategy=here(name, soft=False)).remote(str(marker)): home
-            for name, home in homes.items()
-        }
+        return [problem for report in self.survey(marker) for problem in report.problems(marker, word)]
+
+    def survey(self, marker: Path) -> list[NodeReport]:
+        """What each Ray node that virtual nodes live on says of itself. One that does not answer in time is left out:
+        whether it lives is found out when something is to start there."""
+        sent_s, homes = time.time(), {home.name: home for home in self._nodes.homes}
+        looks = {_pinned(_look, name).remote(str(marker)): home for name, home in homes.items()}
         seen, late = ray.wait(list(looks), num_returns=len(looks), timeout=_LOOK_DEADLINE_S)
-        for ref in late:  # whether the node lives is found out when something is to start there
+        for ref in late:
             logger.warning("%s has not told within %g s whether it sees %s", looks[ref], _LOOK_DEADLINE_S, marker)
-        return [problem for ref in seen for problem in _problems_of(ref, looks[ref], marker, word)]
+        return [_report(ref, str(looks[ref]), sent_s) for ref in seen]
 
     def adopt(self, run_tag: str) -> Sequence[Address]:
         if self._temp_dir is not None:  # nobody else has ever been here
@@ -335,34 +366,31 @@ class RayFleet:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look(marker: str) -> tuple[str, str | None]:
-    """The version of Holdfast on this node, and what it reads in a file; None if there is none."""
+def _look(marker: str) -> tuple[str, str | None, float]:
+    """The version of Holdfast on this node, what it reads in a file (None if there is none), and its time."""
     end = time.monotonic() + _STALE_S
     while True:
         try:
-            return __version__, Path(marker).read_text()
+            return __version__, Path(marker).read_text(), time.time()
         except OSError:
             if time.monotonic() >= end:
-                return __version__, None
+                return __version__, None, time.time()
             time.sleep(0.2)
 
 
-def _problems_of(look: ray.ObjectRef, home: RayNode, marker: Path, word: str) -> list[str]:
+def _pinned(task: Any, node: str) -> Any:  # of Ray, which is not typed
+    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+
+
+def _report(look: ray.ObjectRef, node: str, sent_s: float) -> NodeReport:
     try:
-        version, read = ray.get(look)
+        version, read, now_s = ray.get(look)
     except RayActorError as error:
-        return [f"{home}: {_cause(error)}"]
+        return NodeReport(node, broken=_cause(error))
     except RayError as error:
-        return [f"{home} cannot run Holdfast: {str(error).strip().splitlines()[-1]}; install the same there as here"]
-    problems = []
-    if version != __version__:
-        problems.append(f"{home} has Holdfast {version}, the driver {__version__}; install one version everywhere")
-    if read != word:
-        problems.append(
-            f"root={marker.parents[3]} must be one directory for all nodes, and {home} does not see what the driver has "
-            "written there; set root to storage that is mounted on every node"
-        )
-    return problems
+        return NodeReport(node, broken=str(error).strip().splitlines()[-1])
+    ahead_s = max(0.0, now_s - time.time()) - max(0.0, sent_s - now_s)
+    return NodeReport(node, version=version, read=read, ahead_s=ahead_s)
 
 
 def _order_of_keeper(name: str) -> int:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from holdfast.events import Event, to_record
 from holdfast.trainer.jsonl import JsonLines
 
-__all__ = ["JsonlEvents", "read_yaml", "tail", "to_yaml"]
+__all__ = ["JsonlEvents", "nested", "read_yaml", "tail", "to_yaml"]
 
 _TAIL_BYTES = 1 << 20
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -58,6 +59,18 @@ def read_yaml(path: Path) -> dict[str, object]:
             with suppress(ValueError):
                 keys[len(indent) // 2 :] = [str(_from_json(key)) if key.startswith('"') else key]
                 found[".".join(keys)] = _from_json(value)
+    return found
+
+
+def nested(flat: Mapping[str, object]) -> dict[str, object]:
+    """Sections inside sections, from dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        inner = found
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
     return found
 
 

@@ -6,12 +6,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from holdfast import knobs
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError
 from holdfast.launch.banner import ray_job_facts
 from holdfast.launch.finding import BAD, OK, WARN, Finding
+
+if TYPE_CHECKING:  # importing ray takes a second
+    from holdfast.launch.ray_fleet import RayFleet
 
 __all__ = ["cluster_checks"]
 
@@ -77,7 +81,7 @@ def _cluster(config: RunConfig, address: str) -> Iterator[Finding]:
         fleet.close()
 
 
-def _nodes(fleet: RayFleet, marker: Path, word: str) -> Iterator[Finding]:  # noqa: F821  # imported where Ray is wanted
+def _nodes(fleet: RayFleet, marker: Path, word: str) -> Iterator[Finding]:
     reports = fleet.survey(marker)
     for report in reports:
         problems = report.problems(marker, word)

@@ -69,7 +69,8 @@ def _devices(config: RunConfig) -> Iterator[Finding]:
             yield Finding(OK, "GPUs", "none; trains on the CPU with gloo")
         return
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
+    has_nccl = torch.distributed.is_nccl_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else ""  # type: ignore[no-untyped-call]
     level = BAD if wanted and not nccl else (WARN if wanted > count else OK)
     need = f"; each node needs {wanted:g}: lower launch.workers_per_node" if wanted > count else ""
     yield Finding(level, "GPUs", f"{count} ({names}); NCCL {nccl or 'missing: install a CUDA build of torch'}{need}")

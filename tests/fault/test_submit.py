@@ -21,8 +21,8 @@ from tests.support.runs import events_of, outcome_of, tiny_config, write_corpus
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
-_STEPS = 600
-_STRUCK_AT = 30
+_STEPS = 120
+_STRUCK_AT = 6
 _DEADLINE_S = 240.0
 
 

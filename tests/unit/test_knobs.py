@@ -11,10 +11,13 @@ import pytest
 import holdfast
 from holdfast import knobs
 
+_OF_A_JOB = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S")
+_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*knobs.set_knobs(), "RAY_ADDRESS", "WANDB_API_KEY"):
+    for name in (*knobs.set_knobs(), "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "WANDB_API_KEY", *_OF_A_JOB, *_TOKENS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -32,7 +35,14 @@ def test_runs_go_to_the_users_home_unless_told_otherwise(monkeypatch: pytest.Mon
     assert knobs.home() == tmp_path / "here"
 
 
-@pytest.mark.parametrize(("read", "name"), [(knobs.ray_address, "RAY_ADDRESS"), (knobs.wandb_key, "WANDB_API_KEY")])
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (knobs.ray_address, "RAY_ADDRESS"),
+        (knobs.ray_dashboard, "RAY_API_SERVER_ADDRESS"),
+        (knobs.wandb_key, "WANDB_API_KEY"),
+    ],
+)
 def test_other_programs_variables_count_when_they_hold_something(
     monkeypatch: pytest.MonkeyPatch, read: Callable[[], str | None], name: str
 ) -> None:
@@ -41,6 +51,36 @@ def test_other_programs_variables_count_when_they_hold_something(
     assert read() is None
     monkeypatch.setenv(name, "value")
     assert read() == "value"
+
+
+@pytest.mark.parametrize(
+    ("told", "wait", "job"),
+    [
+        ('{"metadata": {"job_submission_id": "kelp-a1"}}', "120", knobs.RayJob("kelp-a1", 120)),
+        ('{"metadata": {"job_submission_id": "kelp-a1"}}', "", knobs.RayJob("kelp-a1", None)),
+        ('{"metadata": {}}', "soon", knobs.RayJob("", None)),
+        ("of another version", "5", knobs.RayJob("", 5)),
+    ],
+)
+def test_the_job_that_this_process_drives(
+    monkeypatch: pytest.MonkeyPatch, told: str, wait: str, job: knobs.RayJob
+) -> None:
+    assert knobs.ray_job() is None
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", told)
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", wait)
+    assert knobs.ray_job() == job
+
+
+def test_a_token_is_looked_for_where_ray_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not knobs.has_ray_token()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("x")
+    assert knobs.has_ray_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
+    assert not knobs.has_ray_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    assert knobs.has_ray_token()
 
 
 def test_our_variables_are_listed_in_order_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +108,6 @@ def _reads_of_the_environment(path: Path) -> list[str]:
 
 def test_no_other_module_reads_the_environment() -> None:
     package = Path(holdfast.__path__[0])
-    assert len(_reads_of_the_environment(package / "knobs.py")) == 3
+    assert len(_reads_of_the_environment(package / "knobs.py")) == 9
     others = [path for path in package.rglob("*.py") if path.name != "knobs.py"]
     assert [read for path in others for read in _reads_of_the_environment(path)] == []

@@ -451,3 +451,13 @@ def test_durations_are_words(seconds: float, words: str) -> None:
 )
 def test_sizes_are_words(n_bytes: int, words: str) -> None:
     assert size(n_bytes) == words
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_every_line_is_in_the_drivers_log_too(is_terminal: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray's own log of a job goes with its cluster."""
+    with caplog.at_level(logging.INFO, logger="holdfast"):
+        shown = _lines(_report(10), _report(11), _FAULT, _END, is_terminal=is_terminal)
+    logged = [record.message.removeprefix("| ") for record in caplog.records if record.message.startswith("| ")]
+    assert logged == [line for line in shown if line]
+    assert any(line.startswith("step 10 ") for line in logged)

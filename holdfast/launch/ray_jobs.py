@@ -50,7 +50,6 @@ class RayJobs:
     """
 
     def __init__(self, address: str) -> None:
-        logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # every upload and websocket, otherwise
         self._address = address
         try:
             self._client = JobSubmissionClient(address)
@@ -60,6 +59,8 @@ class RayJobs:
                 "--include-dashboard=true`, give its address with --address http://HEAD:8265, and where Ray has token "
                 "authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here"
             ) from error
+        for chatty in ("ray.dashboard.modules", "ray._private.runtime_env.packaging"):  # every upload and websocket
+            logging.getLogger(chatty).setLevel(logging.WARNING)
 
     def ids(self) -> Sequence[str]:
         """Submission ids that are taken, those of jobs that have ended included."""

@@ -129,7 +129,7 @@ def test_a_killed_driver_loses_nothing_that_its_keepers_hold(jobs: Jobs, undistu
     assert code == 0, said
     assert [attempt["ray_job"] for attempt in sound_record(run)["attempts"]] == [f"{run.name}-a1", f"{run.name}-a2"]
     assert steps_of(run, 2)[0] > _STRUCK_AT - 2, "continues from the memory of the keepers"
-    assert "have outlived its driver" in events_of(run, "run_started")[1]["how"]
+    assert "have outlived its driver" in events_of(run, "run_started")[1]["resume"]
     assert outcome_of(undisturbed.run_dir).differences(outcome_of(run)) == []
 
 

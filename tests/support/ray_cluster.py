@@ -22,7 +22,7 @@ __all__ = ["RayCluster", "ray_cluster"]
 _MARK = "HOLDFAST_TEST_CLUSTER"
 _REPOSITORY = Path(__file__).parents[2]
 _START_S = 150.0
-_TRIES = 12
+_TRIES = 6
 
 
 class RayCluster:

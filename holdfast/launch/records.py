@@ -15,9 +15,10 @@ from typing import Any
 from holdfast.events import Event, to_record
 from holdfast.trainer.jsonl import JsonLines
 
-__all__ = ["JsonlEvents", "nested", "read_yaml", "tail", "to_yaml"]
+__all__ = ["JsonlEvents", "last_step", "nested", "read_yaml", "tail", "to_yaml"]
 
 _TAIL_BYTES = 1 << 20
+_METRICS_LINES = 100
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOT_TEXT = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 """Words that yaml 1.1 takes for truth values or for nothing."""
@@ -39,6 +40,18 @@ def tail(path: Path, lines: int) -> str:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         kept = file.read().decode(errors="replace").splitlines(keepends=True)[-lines:]
     return "".join(kept)
+
+
+def last_step(metrics: Path) -> int:
+    """The last step that was recorded, as far as the end of the file has one; -1 without. What a driver that was killed
+    has written of a line does not count."""
+    with suppress(FileNotFoundError):
+        for line in reversed(tail(metrics, _METRICS_LINES).splitlines()):
+            with suppress(ValueError):
+                record = json.loads(line)
+                if "loss" in record:
+                    return int(record["step"])
+    return -1
 
 
 def to_yaml(plain: Mapping[str, object]) -> str:

@@ -35,10 +35,10 @@ from holdfast.launch.console import Console
 from holdfast.launch.crew import ProcessSpecs
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Fleet
-from holdfast.launch.records import JsonlEvents
+from holdfast.launch.records import JsonlEvents, last_step
 from holdfast.launch.resume import Opening, checkpoints_uri, open_run
 from holdfast.launch.run_dir import RunDir
-from holdfast.launch.salvage import salvage
+from holdfast.launch.salvage import salvage, steps_between
 from holdfast.launch.signals import StopSignals
 from holdfast.trainer import corpus
 from holdfast.trainer.metrics import MetricsFile
@@ -234,15 +234,17 @@ class _Drive:
         if problems:
             raise ConfigurationError(problems)
 
-    def _salvaged(self, fleet: Fleet, sinks: EventSink) -> str:
+    def _salvaged(self, fleet: Fleet, sinks: _Sinks) -> str:
         """What the attempt before has left in memory is brought to storage; in words, for the record."""
         before = self._attempt - 1
         keepers = fleet.adopt(self._tag(before)) if self._is_cut_off else ()
         if not keepers:
             return ""
         world, deadline_s = _world(self._config), self._config.recovery.stop_grace_s
-        step = salvage(fleet, keepers, self._durable(world, sinks), clock=SystemClock(), deadline_s=deadline_s)
-        found = "what storage has is as new" if step is None else f"step {step:,} is in storage now"
+        left = salvage(fleet, keepers, self._durable(world, sinks), clock=SystemClock(), deadline_s=deadline_s)
+        for report in steps_between(left.reports, last_step(self._run_dir.metrics_file), left.step):
+            sinks.step(report)
+        found = f"step {left.step:,} is in storage now" if left.is_written else "what storage has is as new"
         return f"\nkeepers of attempt {before} have outlived its driver; {found}"
 
     def _durable(self, world: int, sinks: EventSink) -> DurableTier:

@@ -83,11 +83,17 @@ def test_the_module_is_the_command() -> None:
     assert done.stderr == "error: 'trian' is no command; did you mean train?\n"
 
 
+_CHOICE = "choose one of train, adapt, plan, checkpoint, submit, doctor, inject"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "a command is missing; choose one of train, adapt, plan, checkpoint, inject, or see holdfast --help"),
-        (["wibble"], "'wibble' is no command; choose one of train, adapt, plan, checkpoint, inject"),
+        (
+            [],
+            f"a command is missing; {_CHOICE}, or see holdfast --help",
+        ),
+        (["wibble"], f"'wibble' is no command; {_CHOICE}"),
         (["optim.lr=3"], "'optim.lr=3' is no command; did you mean holdfast train optim.lr=3?"),
         (["train", "--wibble"], "unrecognized arguments: --wibble; see holdfast train --help"),
         (["train", "--cfg"], "argument --cfg/-c: expected one argument; see holdfast train --help"),
@@ -253,8 +259,8 @@ def test_a_launcher_of_hydra_starts_the_runs(fake: FakeRun, capfd: pytest.Captur
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("holdfast", "train adapt plan checkpoint inject"),
-        ("holdfast tr", "train adapt plan checkpoint inject"),  # the shell chooses
+        ("holdfast", "train adapt plan checkpoint submit doctor inject"),
+        ("holdfast tr", "train adapt plan checkpoint submit doctor inject"),  # the shell chooses
         ("holdfast train optim=adamw", "optim=adamw optim=adamw8bit"),
         ("holdfast train seed=1 trainer.max_s", "trainer.max_steps="),
         ("holdfast plan trainer.max", ""),  # nothing of train's, so that the shell completes names of files

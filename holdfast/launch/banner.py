@@ -22,7 +22,7 @@ from holdfast.trainer.trackers import wandb_mode
 if TYPE_CHECKING:
     from holdfast.trainer.adapting import Bricks
 
-__all__ = ["banner"]
+__all__ = ["banner", "ray_job_facts"]
 
 _ENOUGH_S = 20.0
 """To save, as a rule."""
@@ -42,21 +42,22 @@ def banner(
         "data": corpus.describe(store),
         **({"storage": checkpoints_uri(config, run_dir)} if config.snapshot.storage else {}),
         "resume": _shortened(how),
-        **_short_grace(config),
         "look": f"{_tracker(config, run_dir)} | tail -f {run_dir.events_file}",
     }
     set_knobs = ", ".join(f"{name}={value}" for name, value in knobs.set_knobs().items())
     return {**facts, "environ": set_knobs} if set_knobs else facts
 
 
-def _short_grace(config: RunConfig) -> dict[str, str]:
-    """Worth a line where Ray kills the driver sooner than it can save."""
-    waits_s = knobs.ray_stop_wait_s()
-    if waits_s is None or waits_s >= _ENOUGH_S:
+def ray_job_facts(job: knobs.RayJob | None, waits_s: float | None) -> Mapping[str, str]:
+    """That this is a Ray job, and whether ``ray job stop``, which waits so long, leaves it the time to save itself;
+    nothing elsewhere."""
+    if job is None or waits_s is None:
         return {}
-    grace = f"recovery.stop_grace_s={config.recovery.stop_grace_s:g}"
-    advice = "set RAY_JOB_STOP_WAIT_TIME_S in env_vars of the runtime environment"
-    return {"stop": f"`ray job stop` leaves {waits_s:g} s to save ({grace}); {advice}"}
+    stops = f"ray job stop leaves {waits_s:g} s for saving"
+    if waits_s < _ENOUGH_S:
+        ask = '--runtime-env-json \'{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}\''
+        stops = f"WARNING: {stops}, which is little; submit with {ask} or with holdfast submit"
+    return {"ray job": f"{job.submission_id}\n{stops}"}
 
 
 def _shortened(how: str) -> str:

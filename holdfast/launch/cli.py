@@ -282,6 +282,18 @@ def _dashboards(words: Sequence[str]) -> int:
     return dashboards(words)
 
 
+def _submit(words: Sequence[str]) -> int:
+    from holdfast.launch.submit_command import submit
+
+    return submit(words)
+
+
+def _doctor(words: Sequence[str]) -> int:
+    from holdfast.launch.doctor_command import doctor
+
+    return doctor(words)
+
+
 @dataclass(frozen=True, slots=True)
 class _Command:
     does: str
@@ -297,6 +309,8 @@ _COMMANDS: Mapping[str, _Command] = {
     "watch": _Command("show a run live in the terminal", _watch),
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
+    "submit": _Command("run a training as a Ray job, watch it and end with its exit code", _submit),
+    "doctor": _Command("check this machine, its Ray and a run for what would stop a training", _doctor),
     "inject": _Command("break something in a run that is going on, to see it recover", _inject),
     "wandb-sync": _Command("replay a run's files to W&B: one W&B run of all attempts", _wandb_sync),
     "dashboards": _Command("write a Grafana dashboard and Prometheus alerts for runs on Ray", _dashboards),

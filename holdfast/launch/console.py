@@ -71,7 +71,7 @@ class Console:
         self._total_steps, self._log_every, self._clock = total_steps, log_every, clock
         stream = sys.stdout if stream is None else stream
         self._out = _Unbreakable(stream)
-        self._screen = _screen(self._out, is_terminal, total_steps, clock, owns_stdout=stream is sys.stdout)
+        self._screen = _Logged(_screen(self._out, is_terminal, total_steps, clock, owns_stdout=stream is sys.stdout))
         self._pace = Pace(window=log_every)
         self._failures = self._preemptions = self._injected = self._rebuilt = 0
         self._bits_per_byte: float | None = None
@@ -200,6 +200,20 @@ def _screen(
     if is_terminal:
         return _Terminal(canvas, total_steps, clock, owns_stdout=owns_stdout)
     return _Plain(out)
+
+
+class _Logged:
+    """Another screen, whose lines go into the driver's log too: that is in the run directory, and outlives the window,
+    the Ray job and the cluster."""
+
+    def __init__(self, screen: _Screen) -> None:
+        self._screen = screen
+        self.progress, self.close = screen.progress, screen.close
+
+    def show(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            logger.info("| %s", line)
+        self._screen.show(lines)
 
 
 class _Plain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Protocol
 
 from holdfast.launch.run_metrics import Meter
@@ -81,6 +82,16 @@ class Fleet(Protocol):
 
     def zones(self, nodes: int) -> Sequence[str]:
         """Failure domain of each (virtual) node; "" where nobody knows."""
+        ...
+
+    def unshared(self, marker: Path, word: str) -> list[str]:
+        """One sentence for each node that does not read ``word`` in the file ``marker``, which the driver has written,
+        or runs another Holdfast; empty where all nodes are this host. May take as long as a process needs to start."""
+        ...
+
+    def adopt(self, run_tag: str) -> Sequence[Address]:
+        """Keepers of another attempt whose driver has died and that have not left yet; from now on they can be called,
+        and are to be released."""
         ...
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import NoReturn
 
 from holdfast.launch.fleet import Address, Completion, Draining, Lost, Report, Role
@@ -152,6 +153,12 @@ class ProcessFleet:
 
     def meter(self) -> None:
         return None
+
+    def unshared(self, marker: Path, word: str) -> list[str]:
+        return []
+
+    def adopt(self, run_tag: str) -> Sequence[Address]:
+        return ()  # they end with their driver
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         ours, theirs = multiprocessing.Pipe()

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from holdfast import knobs
+from holdfast import __version__, knobs
 from holdfast.configs.schema import LaunchConfig
 from holdfast.errors import ConfigurationError
 from holdfast.launch.drain_watch import DrainWatch, seconds_left
@@ -44,11 +45,15 @@ with warnings.catch_warnings():
     from ray.util.metrics import Counter, Gauge
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["RayFleet"]
+__all__ = ["NodeReport", "RayFleet"]
 
 logger = logging.getLogger(__name__)
 
 _STOP_DEADLINE_S = 5.0
+_LOOK_DEADLINE_S = 60.0
+"""For a process to start on every node and look for a file."""
+_STALE_S = 5.0
+"""How long a network file system may go on saying that a new file does not exist."""
 _LOOK_AGAIN_S = 5.0
 """Between two looks for a Ray node that a virtual node could move to."""
 
@@ -88,6 +93,36 @@ class _Actor:
     def leave(self) -> None:
         self._host.hang_up()
         os._exit(0)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """What a Ray node says of itself."""
+
+    node: str
+    broken: str = ""
+    """Why it cannot run Holdfast."""
+    version: str = ""
+    read: str | None = None
+    """The content of the marker; None if the node does not see it."""
+    ahead_s: float = 0.0
+    """By how much its clock is ahead of ours at least, negative if it is behind; 0 if they may agree."""
+
+    def problems(self, marker: Path, word: str) -> list[str]:
+        """What keeps it from taking part in a run whose driver has written ``word``."""
+        if self.broken:
+            return [f"{self.node} cannot run Holdfast: {self.broken}; install the same there as here"]
+        problems = []
+        if self.version != __version__:
+            problems.append(
+                f"{self.node} has Holdfast {self.version}, the driver {__version__}; install one version everywhere"
+            )
+        if self.read != word:
+            problems.append(
+                f"root={marker.parents[3]} must be one directory for all nodes, and {self.node} does not see what the "
+                "driver has written there; set root to storage that is mounted on every node"
+            )
+        return problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +235,34 @@ class RayFleet:
 
     def meter(self) -> Meter:
         return _RayMeter()
+
+    def unshared(self, marker: Path, word: str) -> list[str]:
+        if self._temp_dir is not None:  # a private Ray, all of it on this host
+            return []
+        return [problem for report in self.survey(marker) for problem in report.problems(marker, word)]
+
+    def survey(self, marker: Path) -> list[NodeReport]:
+        """What each Ray node that virtual nodes live on says of itself. One that does not answer in time is left out:
+        whether it lives is found out when something is to start there."""
+        sent_s, homes = time.time(), {home.name: home for home in self._nodes.homes}
+        looks = {_pinned(_look, name).remote(str(marker)): home for name, home in homes.items()}
+        seen, late = ray.wait(list(looks), num_returns=len(looks), timeout=_LOOK_DEADLINE_S)
+        for ref in late:
+            logger.warning("%s has not told within %g s whether it sees %s", looks[ref], _LOOK_DEADLINE_S, marker)
+        return [_report(ref, str(looks[ref]), sent_s) for ref in seen]
+
+    def adopt(self, run_tag: str) -> Sequence[Address]:
+        if self._temp_dir is not None:  # nobody else has ever been here
+            return ()
+        for name in sorted(ray.util.list_named_actors(), key=_order_of_keeper):
+            found = re.fullmatch(rf"keeper-(\d+)-{re.escape(run_tag)}-\d+", name)
+            if found is None:
+                continue
+            with contextlib.suppress(ValueError):  # it has left meanwhile
+                node = min(int(found[1]), self._config.nodes - 1)
+                home = self._nodes.homes[node]
+                self._processes[Address(Role.KEEPER, int(found[1]))] = _Process(ray.get_actor(name), node, home)
+        return tuple(self._processes)
 
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         self._next_call += 1
@@ -356,6 +419,40 @@ class _RayMeter:
         if metric.name not in self._counters:
             self._counters[metric.name] = Counter(metric.name, metric.description, metric.tags)
         self._counters[metric.name].inc(amount, dict(tags))
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look(marker: str) -> tuple[str, str | None, float]:
+    """The version of Holdfast on this node, what it reads in a file (None if there is none), and its time."""
+    end = time.monotonic() + _STALE_S
+    while True:
+        try:
+            return __version__, Path(marker).read_text(), time.time()
+        except OSError:
+            if time.monotonic() >= end:
+                return __version__, None, time.time()
+            time.sleep(0.2)
+
+
+def _pinned(task: Any, node: str) -> Any:  # of Ray, which is not typed
+    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+
+
+def _report(look: ray.ObjectRef, node: str, sent_s: float) -> NodeReport:
+    try:
+        version, read, now_s = ray.get(look)
+    except RayActorError as error:
+        return NodeReport(node, broken=_cause(error))
+    except RayError as error:
+        return NodeReport(node, broken=str(error).strip().splitlines()[-1])
+    ahead_s = max(0.0, now_s - time.time()) - max(0.0, sent_s - now_s)
+    return NodeReport(node, version=version, read=read, ahead_s=ahead_s)
+
+
+def _order_of_keeper(name: str) -> int:
+    """The last one that a node had is the one that counts."""
+    last = name.rpartition("-")[2]
+    return int(last) if last.isdecimal() else -1
 
 
 def _living() -> list[RayNode]:

@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from holdfast.events import Event, to_record
 from holdfast.trainer.jsonl import JsonLines
 
-__all__ = ["JsonlEvents", "read_yaml", "tail", "to_yaml"]
+__all__ = ["JsonlEvents", "last_step", "nested", "read_yaml", "tail", "to_yaml"]
 
 _TAIL_BYTES = 1 << 20
+_METRICS_LINES = 100
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOT_TEXT = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 """Words that yaml 1.1 takes for truth values or for nothing."""
@@ -40,6 +42,18 @@ def tail(path: Path, lines: int) -> str:
     return "".join(kept)
 
 
+def last_step(metrics: Path) -> int:
+    """The last step that was recorded, as far as the end of the file has one; -1 without. What a driver that was killed
+    has written of a line does not count."""
+    with suppress(FileNotFoundError):
+        for line in reversed(tail(metrics, _METRICS_LINES).splitlines()):
+            with suppress(ValueError):
+                record = json.loads(line)
+                if "loss" in record:
+                    return int(record["step"])
+    return -1
+
+
 def to_yaml(plain: Mapping[str, object]) -> str:
     """Nested mappings of JSON values as yaml that every parser reads back to the same values."""
     return "".join(f"{line}\n" for line in _lines(plain, "")) or "{}\n"
@@ -58,6 +72,18 @@ def read_yaml(path: Path) -> dict[str, object]:
             with suppress(ValueError):
                 keys[len(indent) // 2 :] = [str(_from_json(key)) if key.startswith('"') else key]
                 found[".".join(keys)] = _from_json(value)
+    return found
+
+
+def nested(flat: Mapping[str, object]) -> dict[str, object]:
+    """Sections inside sections, from dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        inner = found
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
     return found
 
 

@@ -30,18 +30,19 @@ from holdfast.fault_tolerance.lanes import make_lanes
 from holdfast.fault_tolerance.machine import Layout, Supervisor
 from holdfast.fault_tolerance.protection import REDUCED
 from holdfast.launch import identity
-from holdfast.launch.banner import banner
+from holdfast.launch.banner import banner, ray_job_facts
 from holdfast.launch.conductor import Conductor, Verdict
 from holdfast.launch.console import Console
 from holdfast.launch.crew import ProcessSpecs
 from holdfast.launch.durable import DurableTier
 from holdfast.launch.fleet import Fleet
 from holdfast.launch.metrics_export import MetricsExport
-from holdfast.launch.records import JsonlEvents
+from holdfast.launch.records import JsonlEvents, last_step
 from holdfast.launch.report_command import write_report
 from holdfast.launch.resume import Opening, checkpoints_uri, open_run
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.run_metrics import RunMetrics
+from holdfast.launch.salvage import salvage, steps_between
 from holdfast.launch.signals import StopSignals
 from holdfast.trainer import corpus
 from holdfast.trainer.metrics import MetricsFile
@@ -178,12 +179,16 @@ class _Drive:
     ) -> None:
         self._config, self._opening, self._material, self._digest = config, opening, material, digest
         self._run_dir, self._plain = opening.run_dir, to_plain(config)
+        self._ray_job, before = knobs.ray_job(), self._run_dir.record()["attempts"]
+        self._is_cut_off = bool(before) and before[-1]["ended"] is None
+        """The driver before this one has died."""
         self._attempt = self._run_dir.begin_attempt(
             config=self._plain,
             overrides=overrides,
             command=command,
             versions=identity.versions(),
             git=identity.git_commit(Path.cwd()),
+            ray_job=self._ray_job.submission_id if self._ray_job else None,
         )
         self._overrides, self._command = overrides, command
         self._started_s = time.monotonic()
@@ -222,10 +227,12 @@ class _Drive:
             sinks = _Sinks(self._run_dir, self._attempt, console, tracker, export)
             material = self._material
             facts = banner(config, self._run_dir, self._attempt, material.store, self._opening.how, material.bricks)
+            facts = {**facts, **ray_job_facts(self._ray_job, knobs.ray_stop_wait_s())}
             console.banner(facts)
             try:
                 return self._conduct(signals, console, tracker, sinks)
             except BaseException as error:  # not swallowed: only noted where the next attempt and the user look
+                logger.error("this attempt ends with an error", exc_info=isinstance(error, Exception))
                 if self._result is None:
                     self._conclude(_verdict_on(error, signals), console, sinks)
                 raise
@@ -237,19 +244,42 @@ class _Drive:
             return self._conclude(self._not_begun(signals, sinks), console, sinks)
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, self._run_dir.path / "rendezvous", ignore_errors=True)
-            fleet = _make_fleet(self._config, self._tag)
+            fleet = _make_fleet(self._config, self._tag(self._attempt))
             stack.callback(fleet.close)
             signals.install()  # again: a library that starts processes may have put its own handlers there
+            self._refuse_other_disks(fleet)
             tracker.start(fleet.metrics_endpoints())
+            how = self._opening.how + self._salvaged(fleet, sinks)
             conductor = self._conductor(fleet, sinks)
             stack.enter_context(sinks.export.to(fleet.meter(), parity_s=conductor.parity_s))
             signals.then(conductor.stop)
-            sinks.emit(RunStarted(self._run_dir.run_id, self._attempt, _world(self._config), self._opening.how))
+            sinks.emit(RunStarted(self._run_dir.run_id, self._attempt, _world(self._config), how))
             return self._conclude(_drive(conductor, signals), console, sinks)
 
-    @property
-    def _tag(self) -> str:
-        return f"{self._run_dir.run_id[-48:]}-a{self._attempt}"
+    def _tag(self, attempt: int) -> str:
+        return f"{self._run_dir.run_id[-48:]}-a{attempt}"
+
+    def _refuse_other_disks(self, fleet: Fleet) -> None:
+        """Raises: ConfigurationError naming the nodes that do not see the run's directory, or not our version."""
+        word, marker = secrets.token_hex(16), self._run_dir.path / "rendezvous" / "marker"
+        marker.parent.mkdir(exist_ok=True)
+        marker.write_text(word)
+        problems = fleet.unshared(marker, word)
+        if problems:
+            raise ConfigurationError(problems)
+
+    def _salvaged(self, fleet: Fleet, sinks: _Sinks) -> str:
+        """What the attempt before has left in memory is brought to storage; in words, for the record."""
+        before = self._attempt - 1
+        keepers = fleet.adopt(self._tag(before)) if self._is_cut_off else ()
+        if not keepers:
+            return ""
+        deadline_s = self._config.recovery.stop_grace_s
+        left = salvage(fleet, keepers, self._durable(sinks), clock=SystemClock(), deadline_s=deadline_s)
+        for report in steps_between(left.reports, last_step(self._run_dir.metrics_file), left.step):
+            sinks.step(report)
+        found = f"step {left.step:,} is in storage now" if left.is_written else "what storage has is as new"
+        return f"\nkeepers of attempt {before} have outlived its driver; {found}"
 
     def _not_begun(self, signals: StopSignals, sinks: _Sinks) -> Verdict:
         """Somebody wanted to stop before there was a process to stop; earlier attempts may have left a checkpoint."""
@@ -331,7 +361,7 @@ class _Drive:
                 "config_digest": self._digest,
             },
             keeper={
-                "run_tag": self._tag,
+                "run_tag": self._tag(self._attempt),
                 "limit_bytes": max(validate.keeper_limit_bytes(config, validate.this_host()) - frozen, 0),
                 "buffers": config.snapshot.buffers,
                 "lease_s": config.recovery.lease_s,

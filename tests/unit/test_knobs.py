@@ -12,12 +12,13 @@ import holdfast
 from holdfast import knobs
 from holdfast.fault_tolerance.config import RecoveryConfig
 
-_OF_RAY_JOBS = ("RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+_OF_A_JOB = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S")
+_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*knobs.set_knobs(), "RAY_ADDRESS", "WANDB_API_KEY", *_OF_RAY_JOBS):
+    for name in (*knobs.set_knobs(), "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "WANDB_API_KEY", *_OF_A_JOB, *_TOKENS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -35,7 +36,14 @@ def test_runs_go_to_the_users_home_unless_told_otherwise(monkeypatch: pytest.Mon
     assert knobs.home() == tmp_path / "here"
 
 
-@pytest.mark.parametrize(("read", "name"), [(knobs.ray_address, "RAY_ADDRESS"), (knobs.wandb_key, "WANDB_API_KEY")])
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (knobs.ray_address, "RAY_ADDRESS"),
+        (knobs.ray_dashboard, "RAY_API_SERVER_ADDRESS"),
+        (knobs.wandb_key, "WANDB_API_KEY"),
+    ],
+)
 def test_other_programs_variables_count_when_they_hold_something(
     monkeypatch: pytest.MonkeyPatch, read: Callable[[], str | None], name: str
 ) -> None:
@@ -68,6 +76,32 @@ def test_a_ray_job_has_as_much_time_to_stop_as_ray_leaves_it(
     assert RecoveryConfig().stop_grace_s == grace_s
 
 
+@pytest.mark.parametrize(
+    ("told", "job"),
+    [
+        ('{"metadata": {"job_submission_id": "kelp-a1"}}', knobs.RayJob("kelp-a1")),
+        ('{"metadata": {}}', knobs.RayJob("")),
+        ("of another version", knobs.RayJob("")),
+    ],
+)
+def test_the_job_that_this_process_drives(monkeypatch: pytest.MonkeyPatch, told: str, job: knobs.RayJob) -> None:
+    assert knobs.ray_job() is None
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", told)
+    assert knobs.ray_job() == job
+
+
+def test_a_token_is_looked_for_where_ray_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not knobs.has_ray_token()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("x")
+    assert knobs.has_ray_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
+    assert not knobs.has_ray_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    assert knobs.has_ray_token()
+
+
 def test_our_variables_are_listed_in_order_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert knobs.set_knobs() == {}
     for name in ("HOLDFAST_ZEBRA", "HOLDFAST_HOME", "WANDB_API_KEY", "MY_HOLDFAST_X"):
@@ -93,6 +127,6 @@ def _reads_of_the_environment(path: Path) -> list[str]:
 
 def test_no_other_module_reads_the_environment() -> None:
     package = Path(holdfast.__path__[0])
-    assert len(_reads_of_the_environment(package / "knobs.py")) == 5
+    assert len(_reads_of_the_environment(package / "knobs.py")) == 10
     others = [path for path in package.rglob("*.py") if path.name != "knobs.py"]
     assert [read for path in others for read in _reads_of_the_environment(path)] == []

@@ -11,7 +11,8 @@ import pytest
 from holdfast import knobs
 from holdfast.configs.schema import RunConfig
 from holdfast.fault_tolerance.bricks import BrickFile
-from holdfast.launch.banner import banner
+from holdfast.knobs import RayJob
+from holdfast.launch.banner import banner, ray_job_facts
 from holdfast.launch.compose import compose_config
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import aligned
@@ -161,3 +162,18 @@ def test_a_long_name_is_shown_whole() -> None:
     facts = dict(banner(config, run_dir, 12, _STORE, _FRESH))
     assert "r" * 128 in facts["run"] and "attempt 12" in facts["run"]
     assert _rows(facts) <= _LINES
+
+
+@pytest.mark.parametrize(
+    ("stop_wait_s", "words"),
+    [
+        (3.0, ["WARNING", "3 s", '"RAY_JOB_STOP_WAIT_TIME_S": "120"']),
+        (120, ["120 s"]),
+    ],
+)
+def test_a_ray_job_says_whether_a_stop_leaves_it_time_to_save(stop_wait_s: float, words: list[str]) -> None:
+    (told,) = ray_job_facts(RayJob("kelp-a1"), stop_wait_s).values()
+    assert told.startswith("kelp-a1\n")
+    assert all(word in told for word in words)
+    assert ("WARNING" in told) == ("WARNING" in words)
+    assert ray_job_facts(None, 120.0) == {}

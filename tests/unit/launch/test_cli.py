@@ -83,7 +83,9 @@ def test_the_module_is_the_command() -> None:
     assert done.stderr == "error: 'trian' is no command; did you mean train?\n"
 
 
-_COMMANDS = "train, adapt, status, events, report, watch, plan, checkpoint, inject"
+_COMMANDS = (
+    "train, adapt, status, events, report, watch, plan, checkpoint, submit, doctor, inject, wandb-sync, dashboards"
+)
 
 
 @pytest.mark.parametrize(
@@ -256,8 +258,8 @@ def test_a_launcher_of_hydra_starts_the_runs(fake: FakeRun, capfd: pytest.Captur
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("holdfast", "train adapt status events report watch plan checkpoint inject"),
-        ("holdfast tr", "train adapt status events report watch plan checkpoint inject"),  # the shell chooses
+        ("holdfast", _COMMANDS.replace(",", "")),
+        ("holdfast tr", _COMMANDS.replace(",", "")),  # the shell chooses
         ("holdfast train optim=adamw", "optim=adamw optim=adamw8bit"),
         ("holdfast train seed=1 trainer.max_s", "trainer.max_steps="),
         ("holdfast plan trainer.max", ""),  # nothing of train's, so that the shell completes names of files

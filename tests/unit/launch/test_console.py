@@ -360,9 +360,8 @@ def test_a_broken_pipe_silences_the_console(is_terminal: bool, caplog: pytest.Lo
     os.close(reading)
     with os.fdopen(writing, "w") as stream:  # closing flushes, and would fail if the pipe were still there
         _everything(_console(stream, is_terminal=is_terminal))
-    assert [record.message for record in caplog.records] == [
-        "nothing more is shown on the console ([Errno 32] Broken pipe); events.jsonl has it all"
-    ]
+    warned = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warned == ["nothing more is shown on the console ([Errno 32] Broken pipe); events.jsonl has it all"]
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
@@ -456,3 +455,13 @@ def test_durations_are_words(seconds: float, words: str) -> None:
 )
 def test_sizes_are_words(n_bytes: int, words: str) -> None:
     assert size(n_bytes) == words
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_every_line_is_in_the_drivers_log_too(is_terminal: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray's own log of a job goes with its cluster."""
+    with caplog.at_level(logging.INFO, logger="holdfast"):
+        shown = _lines(_report(10), _report(11), _FAULT, _END, is_terminal=is_terminal)
+    logged = [record.message.removeprefix("| ") for record in caplog.records if record.message.startswith("| ")]
+    assert logged == [line for line in shown if line]
+    assert any(line.startswith("step 10 ") for line in logged)

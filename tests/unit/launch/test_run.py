@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any, cast
 
 import pytest
 
+from holdfast.errors import ConfigurationError
 from holdfast.launch import run
 from holdfast.launch.conductor import Verdict
+from holdfast.launch.process_fleet import ProcessFleet
+from tests.support.runs import tiny_config, write_corpus
 from tests.support.told import Told, story
 
 
@@ -87,3 +91,26 @@ def test_a_report_that_cannot_be_written_costs_the_run_nothing(
     with caplog.at_level(logging.ERROR, "holdfast"):
         assert _report_of(told) == {}
     assert "the report was not written" in caplog.text
+
+
+def test_a_node_that_does_not_see_the_root_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class _Fleet(ProcessFleet):
+        def unshared(self, marker: Path, word: str) -> list[str]:
+            seen.extend((marker.read_text(), word))
+            return ["Ray node 7 does not see the root"]
+
+        def start(self, *_: object) -> int:
+            raise AssertionError("nothing is to be started")
+
+    monkeypatch.setattr(run, "_make_fleet", lambda *_: _Fleet())
+    config = tiny_config(tmp_path / "runs", write_corpus(tmp_path / "corpus"))
+    with pytest.raises(ConfigurationError, match="Ray node 7"):
+        run.train(config)
+    assert seen[0] == seen[1] != ""
+    (record,) = (tmp_path / "runs").glob("*/*/run.json")
+    assert json.loads(record.read_text())["ended"]["exit_code"] == 2
+    assert not (record.parent / "rendezvous").exists()

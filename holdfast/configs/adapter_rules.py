@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from holdfast.configs.schema import RunConfig
-from holdfast.trainer.sizing import check as check_model
+from holdfast.trainer.models import model_of
 
 __all__ = ["adapter_problems", "curriculum_problems", "method_problems"]
 
@@ -25,7 +25,7 @@ def adapter_problems(config: RunConfig) -> Iterator[str]:
         yield "adapter.base is empty: adapters need frozen weights, such as <run>/export/model.safetensors"
     if not adapter.task:
         yield "adapter.task is empty: name what is learned, for example adapter.task=law"
-    if not check_model(config.model):
+    if not model_of(config.model).problems():
         yield from method_problems(config)
 
 

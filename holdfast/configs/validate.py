@@ -35,9 +35,9 @@ from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
 from holdfast.optim.config import moment_count
-from holdfast.trainer.config import DataSource
-from holdfast.trainer.sizing import check as check_model
-from holdfast.trainer.sizing import largest_piece, parameter_count
+from holdfast.trainer.config import DataSource, ModelKind
+from holdfast.trainer.models import model_of
+from holdfast.trainer.sizing import MIN_VOCAB_SIZE
 
 __all__ = [
     "Host",
@@ -219,12 +219,19 @@ _RULES: Mapping[str, _Rule] = {
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    yield from check_model(config.model)
-    longest = config.model.max_seq_len
+    model, is_builtin = model_of(config.model), config.model.kind is ModelKind.DECODER
+    problems = model.problems()
+    yield from problems
+    if problems and not is_builtin:
+        return
+    longest = model.max_seq_len
     if config.data.seq_len > longest >= 1:
+        own, more = ("model.max_seq_len", " or raise model.max_seq_len") if is_builtin else ("the model's longest", "")
+        yield f"data.seq_len={config.data.seq_len} must be at most {own}={longest}; try data.seq_len={longest}{more}"
+    if not config.data.tokenizer and 0 < model.vocab_size < MIN_VOCAB_SIZE and not is_builtin:
         yield (
-            f"data.seq_len={config.data.seq_len} must be at most model.max_seq_len={longest}; "
-            f"try data.seq_len={longest} or raise model.max_seq_len"
+            f"model.path={config.model.path!r} has a vocabulary of {model.vocab_size}, and bytes need "
+            f"{MIN_VOCAB_SIZE}: 256 byte values, <bos>, <eos> and <pad>; set data.tokenizer"
         )
 
 
@@ -430,7 +437,12 @@ def _parameters_of_process(config: RunConfig) -> int:
         plan = pipeline_plan(config) if config.parallel.pipeline > 1 else None
     except ConfigurationError:  # reported already
         plan = None
-    return parameter_count(config.model) if plan is None else largest_piece(config.model, plan)
+    model = model_of(config.model)
+    return model.parameters if plan is None else model.largest_piece(plan)
+
+
+def _has_no_size(config: RunConfig) -> bool:
+    return bool(model_of(config.model).problems())
 
 
 def keeper_limit_bytes(config: RunConfig, host: Host) -> int:
@@ -446,7 +458,7 @@ def _is_one_host(config: RunConfig, host: Host) -> bool:
 
 def _memory_problems(config: RunConfig, host: Host) -> list[str]:
     """Refused here, snapshots cannot end a run hours later. On a cluster only the user's own limit is known."""
-    if check_model(config.model) or check_optim(config.optim) or world(config) < 1 or any(protection_problems(config)):
+    if _has_no_size(config) or check_optim(config.optim) or world(config) < 1 or any(protection_problems(config)):
         return []  # reported already
     per_node = math.ceil(state_bytes(config) * _buffers(config)) * config.launch.workers_per_node
     limit_gb, is_one_host = config.snapshot.memory_limit_gb, _is_one_host(config, host)
@@ -470,7 +482,7 @@ def _memory_problems(config: RunConfig, host: Host) -> list[str]:
 def _bandwidth_problems(config: RunConfig) -> Iterator[str]:
     """A run that is asked to stop must be able to save itself."""
     mb_per_s, grace_s = config.snapshot.persist_mb_per_s, config.recovery.stop_grace_s
-    if check_model(config.model) or check_optim(config.optim) or world(config) < 1 or not 0 < mb_per_s < math.inf:
+    if _has_no_size(config) or check_optim(config.optim) or world(config) < 1 or not 0 < mb_per_s < math.inf:
         return  # reported already, or without a bound
     needed_s = state_bytes(config) * config.launch.workers_per_node / (mb_per_s * 10**6)
     if needed_s > grace_s:

@@ -185,7 +185,7 @@ class _Search:
     def parse(self, words: Sequence[str]) -> tuple[list[Override], list[str]]:
         """What can be read, and what is wrong with the rest."""
         parser, parsed, problems = OverridesParser.create(), list[Override](), list[str]()
-        for word in map(_as_hydra_has_it, words):
+        for word in map(_as_hydra_has_it, itertools.chain.from_iterable(map(_spelled_out, words))):
             try:
                 parsed.append(parser.parse_override(word))
             except HydraException as error:
@@ -288,6 +288,15 @@ def _syntax(word: str, error: HydraException) -> str:
     if key in kinds() and kinds()[key] is not str:
         return f"{key} must be {kind_words(key)} ({_line(error)})"
     return f"quote the value, '{key}=\"…\"', if it has other characters than letters and digits ({_line(error)})"
+
+
+def _spelled_out(word: str) -> Sequence[str]:
+    """``model=package.module:function`` is short for the option of the group and the path."""
+    found = _FUNCTION.fullmatch(word)
+    return (word,) if found is None else ("model=module", f'model.path="{found[1]}"')
+
+
+_FUNCTION = re.compile(r"model=([A-Za-z_][\w.]*:[A-Za-z_]\w*)")
 
 
 def _as_hydra_has_it(word: str) -> str:

@@ -41,6 +41,7 @@ from holdfast.launch.run_dir import RunDir
 from holdfast.launch.signals import StopSignals
 from holdfast.trainer import corpus
 from holdfast.trainer.metrics import MetricsFile
+from holdfast.trainer.models import model_of
 from holdfast.trainer.snapshot_cost import CostMeter
 from holdfast.trainer.token_store import TokenStore
 from holdfast.trainer.trackers import Tracker, build_tracker
@@ -84,7 +85,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) 
     validate.refuse_bad(config)
     material = _material(config)
     plain = {key: value for key, value in to_plain(config).items() if key != "adapter" or config.adapter.method}
-    digest = identity.config_digest({**plain, **material.digests})
+    digest = identity.config_digest({**plain, **material.digests, **_model_digest(config)})
     opening = open_run(config, digest)
     if opening.is_finished:
         return _nothing_to_do(opening)
@@ -94,6 +95,13 @@ def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) 
         except SnapshotError as error:  # nothing has started yet
             raise ConfigurationError(f"run {opening.run_dir.run_id} cannot be driven: {error}") from error
         return drive.to_the_end()
+
+
+def _model_digest(config: RunConfig) -> dict[str, object]:
+    """What the configuration does not say about the model. Weights that it begins with are not in it: a run that is
+    continued does not read them."""
+    digest = model_of(config.model).digest
+    return {"architecture": digest} if digest else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,7 +221,14 @@ class WorkerHost:
         watcher.enter(Phase.BUILD, max(plan.version, 0))
         snapshots = self._snapshots(plan, self._arena)
         run = RankRun(
-            self._job, comm, snapshots, watcher, epoch=plan.epoch, note=self._note, boundaries=self._boundaries
+            self._job,
+            comm,
+            snapshots,
+            watcher,
+            epoch=plan.epoch,
+            note=self._note,
+            boundaries=self._boundaries,
+            starts_fresh=plan.version < 0 or bool(plan.repairs),
         )
         laps.end("build")
         try:

@@ -22,7 +22,7 @@ from holdfast import adapters
 from holdfast.adapters.targets import ALL_LINEAR
 from holdfast.errors import ConfigurationError, HoldfastError
 from holdfast.trainer.config import AdapterConfig, ModelConfig
-from holdfast.trainer.model import Decoder
+from holdfast.trainer.models import model_of
 from holdfast.types import Precision
 
 __all__ = ["AdapterTask", "Bricks", "adapted_base", "find_bricks", "problems_of", "trainable_elements", "verify_base"]
@@ -53,7 +53,7 @@ class AdapterTask:
     inputs: Callable[[], Inputs]
     """Some text of the task, the same on every rank: for methods that look at it before they start and end."""
 
-    def begin(self, device: torch.device, precision: Precision = Precision.FP32) -> Decoder:
+    def begin(self, device: torch.device, precision: Precision = Precision.FP32) -> nn.Module:
         """The base with the finished tasks and, untrained, this one. Parameters are fp32, as an engine takes them;
         finished tasks have the ``precision`` that it will compute in.
 
@@ -72,7 +72,7 @@ class AdapterTask:
         for layer in adapters.adapters_of(decoder).layers.values() if step else ():
             layer.count_untrained()
 
-    def finish(self, weights: Mapping[str, Tensor]) -> Decoder:
+    def finish(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """On the CPU, with the task frozen as its ``weights`` were trained.
 
         Raises: ConfigurationError if training has not changed anything.
@@ -86,12 +86,12 @@ class AdapterTask:
         adapters.finish_task(decoder)
         return decoder.eval()
 
-    def save(self, decoder: Decoder, directory: Path) -> None:
+    def save(self, decoder: nn.Module, directory: Path) -> None:
         """Write the finished task alone. Raises: OSError."""
         adapters.save_adapters(decoder, directory, only=self.config.task)
 
     @torch.no_grad()
-    def _collect(self, decoder: Decoder) -> None:
+    def _collect(self, decoder: nn.Module) -> None:
         if not adapters.adapters_of(decoder).method.needs_inputs:
             return
         device, was_training = next(decoder.parameters()).device, decoder.training
@@ -101,10 +101,10 @@ class AdapterTask:
         decoder.train(was_training)
 
 
-def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "") -> Decoder:
+def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "") -> nn.Module:
     """The base with all of its finished tasks, on the CPU. Raises: as :meth:`AdapterTask.begin`."""
     verify_base(config, base_digest)
-    decoder = Decoder(model)
+    decoder = model_of(model).build(0, initial=False)
     try:
         decoder.load_state_dict(safetensors.torch.load_file(config.base))
     except (OSError, SafetensorError) as error:
@@ -154,11 +154,10 @@ def trainable_elements(config: AdapterConfig, model: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in adapters.trainable_parameters(_begun(config, model)))
 
 
-def _begun(config: AdapterConfig, model: ModelConfig) -> Decoder:
+def _begun(config: AdapterConfig, model: ModelConfig) -> nn.Module:
     """A task on a model that has shapes only."""
     method = adapters.create_method(config.method, config.options)
-    with torch.device("meta"):
-        decoder = Decoder(model)
+    decoder = model_of(model).shapes()
     if method.needs_inputs:  # there are none; LoRA of this rank trains no less
         method = adapters.create_method("lora", {"rank": config.options.get("rank", 8)})
     adapters.inject(decoder, method, _targets(config))
@@ -171,7 +170,7 @@ def _targets(config: AdapterConfig) -> str | Sequence[str]:
     return names[0] if len(names) == 1 and (names[0] == ALL_LINEAR or names[0].startswith("^")) else names
 
 
-def _round_buffers(decoder: Decoder, dtype: torch.dtype) -> None:
+def _round_buffers(decoder: nn.Module, dtype: torch.dtype) -> None:
     """DeepSpeed sees to parameters only."""
     for module in decoder.modules():
         for name, buffer in module.named_buffers(recurse=False):

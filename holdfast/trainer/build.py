@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from holdfast import failpoints
 from holdfast.adapters import using_tasks
@@ -29,7 +30,8 @@ from holdfast.trainer.engines import Work, build_engine
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.export import export_weights
 from holdfast.trainer.loop import Goal, Trainer
-from holdfast.trainer.model import Decoder, generate
+from holdfast.trainer.model import generate
+from holdfast.trainer.models import model_of
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.stage_healing import Boundaries, heal_stages
 from holdfast.trainer.state import StateView, TrainState
@@ -92,6 +94,7 @@ class Job:
         if self.options.adapter.method:
             verify_base(self.options.adapter, self.base_digest)
             trainable_elements(self.options.adapter, self.options.model)
+        _ = model_of(self.options.model).parameters  # imports what it is made of
         options, tokens = self.options, torch.zeros(1, _TINY.max_seq_len, dtype=torch.long, device=self.device)
         alone = TorchCommunicator.alone(self.backend)
         try:
@@ -117,7 +120,9 @@ class RankRun:
         epoch: int,
         note: Note,
         boundaries: Boundaries | None = None,
+        starts_fresh: bool = True,
     ) -> None:
+        """Unless it ``starts_fresh``, every weight is going to be restored."""
         self._job, self._comm, self._watcher, self._note = job, comm, watcher, note
         self._boundaries = boundaries
         options = job.options
@@ -135,6 +140,7 @@ class RankRun:
             world=comm.world,
             observer=boundaries,
             model=self._task.begin(job.device, options.parallel.precision) if self._task else None,
+            initial=starts_fresh,
         )
         self.view = StateView(TrainState(), self._engine, rank=comm.rank)
         steps = options.trainer.max_steps
@@ -168,7 +174,7 @@ class RankRun:
         weights = self._engine.full_weights()
         if self._comm.rank != 0:
             return {}
-        model = self._task.finish(weights) if self._task else _decoder(self._job.options, weights)
+        model = self._task.finish(weights) if self._task else model_of(self._job.options.model).with_weights(weights)
         found = {"step": step, "bits_per_byte": bits, "windows": windows, **row}
         found["text"] = _sample(self._job.options, model)
         try:
@@ -176,7 +182,7 @@ class RankRun:
         except OSError as error:
             return {**found, "not_exported": str(error)}
 
-    def _write(self, model: Decoder, weights: Mapping[str, torch.Tensor], step: int) -> Path:
+    def _write(self, model: nn.Module, weights: Mapping[str, torch.Tensor], step: int) -> Path:
         """What was trained, to the disk. Raises: OSError."""
         folder = Path(self._job.export_dir)
         if self._task is not None:
@@ -276,13 +282,7 @@ class RankRun:
             self._note({"event": "stages_measured", "step": step, "angular_distance": angles})
 
 
-def _decoder(options: Options, weights: Mapping[str, torch.Tensor]) -> Decoder:
-    model = Decoder(options.model)
-    model.load_state_dict(dict(weights))
-    return model
-
-
-def _sample(options: Options, model: Decoder) -> str:
+def _sample(options: Options, model: nn.Module) -> str:
     """Text from trained weights, alone in fp32 on the CPU; the same on every machine that computes alike."""
     prompt = [tokenizer.BOS, *tokenizer.encode(options.trainer.prompt)]
     ids = generate(

@@ -38,6 +38,7 @@ from holdfast.optim.config import moment_count
 from holdfast.trainer.config import DataSource, ModelKind
 from holdfast.trainer.models import model_of
 from holdfast.trainer.sizing import MIN_VOCAB_SIZE
+from holdfast.trainer.vocabulary import vocabulary_of
 
 __all__ = [
     "Host",
@@ -70,7 +71,7 @@ def this_host() -> Host:
 
 def refuse_bad(config: RunConfig) -> None:
     """Raises: ConfigurationError with everything that is wrong with ``config`` on this machine."""
-    problems = check(config, this_host()) + _missing_files(config) or _unusable_storage(config)
+    problems = (found := check(config, this_host())) + _missing_files(config, is_sound=not found) or _unusable_storage(config)
     if problems:
         raise ConfigurationError(problems)
 
@@ -161,6 +162,7 @@ _RULES: Mapping[str, _Rule] = {
     "data.seq_len": _POSITIVE_COUNT,
     "data.validation_share": (lambda v: 0 < v < 1, "between 0 and 1, both excluded: both parts need text"),
     "data.cache": (_is_absolute_or_empty, _ABSOLUTE),
+    "data.tokenizer": (_is_absolute_or_empty, _ABSOLUTE),
     "parallel.zero_stage": (lambda v: 0 <= v <= 3, "0, 1, 2 or 3"),
     "parallel.pipeline": _POSITIVE_COUNT,
     "parallel.chunks": _POSITIVE_COUNT,
@@ -255,18 +257,33 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.path={path!r} is not read by data=local; add data=text, data=jsonl or data=parquet"
     if source is not DataSource.LOCAL and not path:
         yield f"data.path is empty, but data={source.value} needs it: data.path=<file or directory>"
-    if source in (DataSource.JSONL, DataSource.PARQUET) and not config.data.field:
+    if config.data.split and source is not DataSource.HF:
+        yield f"data.split={config.data.split!r} is of data=hf; leave it out"
+    if source in (DataSource.JSONL, DataSource.PARQUET, DataSource.HF) and not config.data.field:
         yield f"data.field is empty, but data={source.value} needs the name of the field that holds the text"
 
 
-def _missing_files(config: RunConfig) -> list[str]:
+def _missing_files(config: RunConfig, *, is_sound: bool) -> list[str]:
     paths = {f"adapter.seen.{name}": path for name, path in config.adapter.seen.items()}
-    if config.data.source is not DataSource.LOCAL and config.data.path:
+    if config.data.source not in (DataSource.LOCAL, DataSource.HF) and config.data.path:
         paths["data.path"] = config.data.path
-    return [
+    return (_unfit_tokenizer(config) if is_sound else []) + [
         f"{key}={path!r} does not exist on this machine, which reads it before the workers start"
         for key, path in paths.items()
         if not Path(str(path)).exists()
+    ]
+
+
+def _unfit_tokenizer(config: RunConfig) -> list[str]:
+    try:
+        have, need = model_of(config.model).vocab_size, vocabulary_of(config.data).size
+    except ConfigurationError as error:
+        return list(error.problems)
+    if not config.data.tokenizer or have == 0 or need <= have:
+        return []
+    return [
+        f"data.tokenizer={config.data.tokenizer!r} has {need:,} tokens, and the model's vocabulary is {have:,}; give it "
+        "a model with at least as many"
     ]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from holdfast import adapters
 from holdfast.adapters.targets import ALL_LINEAR
 from holdfast.errors import ConfigurationError, HoldfastError
+from holdfast.parallel.microbatches import Microbatch
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.models import model_of
 from holdfast.types import Precision
@@ -29,8 +30,7 @@ __all__ = ["AdapterTask", "Bricks", "adapted_base", "find_bricks", "problems_of"
 
 _CHUNK_BYTES = 1 << 20
 
-Inputs = Iterable[tuple[Tensor, Tensor]]
-"""Tokens and targets, int64 [B, T]."""
+Inputs = Iterable[Microbatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class AdapterTask:
             return
         device, was_training = next(decoder.parameters()).device, decoder.training
         with adapters.collect_inputs(decoder.eval()):
-            for tokens, targets in self.inputs():
+            for tokens, targets, _ in self.inputs():
                 decoder(tokens.to(device), targets.to(device))
         decoder.train(was_training)
 

@@ -22,10 +22,9 @@ from holdfast.parallel.microbatches import Microbatch
 from holdfast.parallel.pipeline_engine import PipelineEngine
 from holdfast.parallel.pipeline_plan import replicas
 from holdfast.parallel.zero import ZeroEngine
-from holdfast.trainer import tokenizer
 from holdfast.trainer.adapting import AdapterTask, trainable_elements, verify_base
 from holdfast.trainer.config import AdapterConfig, DataConfig, ModelConfig, NonFinite, TrainerConfig
-from holdfast.trainer.data import Batches, target_bytes
+from holdfast.trainer.data import Batches
 from holdfast.trainer.engines import Work, build_engine
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.export import export_weights
@@ -36,6 +35,8 @@ from holdfast.trainer.observers import Watcher
 from holdfast.trainer.stage_healing import Boundaries, heal_stages
 from holdfast.trainer.state import StateView, TrainState
 from holdfast.trainer.step import Communicator, Snapshots, StepParts
+from holdfast.trainer.vocabulary import vocabulary_of
+from holdfast.trainer.wrapped import answers
 from holdfast.types import Phase
 
 __all__ = ["Job", "Note", "RankRun"]
@@ -208,13 +209,13 @@ class RankRun:
     def _training(self, step: int) -> Sequence[Microbatch]:
         if self._boundaries is not None:
             self._boundaries.step = step
-        return [self._on_device(tokens, targets) for tokens, targets in self._batches.microbatches(step)]
+        return [self._on_device(batch) for batch in self._batches.microbatches(step)]
 
     def _validation(self, batches: Batches) -> Iterator[Microbatch]:
         trainer = self._job.options.trainer
-        for tokens, targets in batches.validation(trainer.eval_windows, trainer.micro_batch):
+        for batch in batches.validation(trainer.eval_windows, trainer.micro_batch):
             self._watcher.check()
-            yield self._on_device(tokens, targets)
+            yield self._on_device(batch)
 
     def _open(self, store: str, rank: int, world: int = 0) -> Batches:
         """A share of the batches; by default that of one replica among all."""
@@ -236,8 +237,9 @@ class RankRun:
             options.adapter, options.model, options.seed, self._job.base_digest, lambda: whole.microbatches(0)
         )
 
-    def _on_device(self, tokens: torch.Tensor, targets: torch.Tensor) -> Microbatch:
-        return tokens.to(self._job.device), targets.to(self._job.device), target_bytes(targets)
+    def _on_device(self, batch: Microbatch) -> Microbatch:
+        tokens, targets, n_bytes = batch
+        return tokens.to(self._job.device), targets.to(self._job.device), n_bytes
 
     def _evaluate(self, step: int) -> None:
         bits, windows = self._measure(step)
@@ -284,7 +286,11 @@ class RankRun:
 
 def _sample(options: Options, model: nn.Module) -> str:
     """Text from trained weights, alone in fp32 on the CPU; the same on every machine that computes alike."""
-    prompt = [tokenizer.BOS, *tokenizer.encode(options.trainer.prompt)]
+    if not answers(model):
+        return ""
+    vocabulary = vocabulary_of(options.data)
+    ids, _ = vocabulary.encode(options.trainer.prompt.encode())
+    prompt = [*(vocabulary.begin or vocabulary.end), *ids.tolist()]
     ids = generate(
         model,
         prompt,
@@ -294,4 +300,4 @@ def _sample(options: Options, model: nn.Module) -> str:
         seed=options.seed,
         max_seq_len=options.data.seq_len,
     )
-    return options.trainer.prompt + tokenizer.decode(ids)
+    return options.trainer.prompt + vocabulary.decode(ids)

@@ -5,7 +5,6 @@ Nothing is downloaded, no code of a model's directory is run (``trust_remote_cod
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -20,9 +19,8 @@ from torch import Tensor, nn
 from holdfast.errors import ConfigurationError
 from holdfast.trainer.wrapped import seeded
 
-__all__ = ["MISSING", "fresh", "library", "logits", "pretrained", "read_config", "recompute", "shapes", "weight_files"]
+__all__ = ["fresh", "library", "logits", "pretrained", "read_config", "recompute", "shapes", "weight_files"]
 
-MISSING = "{what} needs {package}, which is not installed: pip install 'holdfast[hf]'"
 _CONFIG = "config.json"
 
 
@@ -32,9 +30,11 @@ def library() -> Any:  # Any: transformers is not checked
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            transformers = importlib.import_module("transformers")
+            import transformers
     except ImportError as error:
-        raise ConfigurationError(MISSING.format(what="model=hf", package="transformers")) from error
+        raise ConfigurationError(
+            "model=hf needs transformers, which is not installed: pip install 'holdfast[hf]'"
+        ) from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     return transformers

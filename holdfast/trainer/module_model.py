@@ -25,7 +25,7 @@ from holdfast.parallel.pipeline_plan import PipelinePlan
 from holdfast.parallel.schedule import Layout
 from holdfast.trainer.config import ModelConfig, ModelInit
 from holdfast.trainer.models import Names, not_of_a_decoder
-from holdfast.trainer.wrapped import Wrapped, fill, seeded
+from holdfast.trainer.wrapped import Wrapped, answers, fill, seeded
 
 __all__ = ["ModuleModel"]
 
@@ -134,17 +134,23 @@ class ModuleModel:
         if not count:
             self._refuse("has no parameter that trains")
         tokens = torch.arange(_TRIED)[None]
-        try:
-            with torch.no_grad():
-                loss = model(tokens, tokens)
-                logits = model(tokens) if has_logits(model) else None
-        except Exception as error:  # the user's own code, as in build
-            self._refuse(f"cannot be called with tokens int64 [1, {_TRIED}]: {_said(error)}", error)
-        if loss.numel() != 1:
-            self._refuse(f"gave a loss of shape {list(loss.shape)}; it must be one number, the mean over all targets")
+        logits = self._tried(model, tokens) if answers(model) else None
         if logits is not None and (logits.ndim != 3 or logits.shape[:2] != tokens.shape):
             self._refuse(f"gave logits {list(logits.shape)} for tokens [1, {_TRIED}]; they must be [B, T, vocabulary]")
+        loss = self._tried(model, tokens, tokens)
+        if loss.numel() != 1:
+            self._refuse(f"gave a loss of shape {list(loss.shape)}; it must be one number, the mean over all targets")
         return _Facts(count, logits.shape[-1] if logits is not None else 0)
+
+    @torch.no_grad()
+    def _tried(self, model: nn.Module, *arguments: Tensor) -> Tensor:
+        try:
+            found = model(*arguments)
+        except Exception as error:  # the user's own code, as in build
+            self._refuse(f"cannot be called with tokens int64 [1, {_TRIED}]: {_said(error)}", error)
+        if not isinstance(found, Tensor):
+            self._refuse(f"gave {type(found).__name__}; it must give a tensor, or an object with .logits or .loss")
+        return found
 
     def _function(self) -> Callable[..., Any]:
         module, colon, name = self._config.path.partition(":")
@@ -160,13 +166,6 @@ class ModuleModel:
 
     def _refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
         raise ConfigurationError(f"{self._where} {problem}") from cause
-
-
-def has_logits(model: nn.Module) -> bool:
-    """Whether a wrapped module can be called without targets."""
-    assert isinstance(model, Wrapped)
-    targets = inspect.signature(model.inner.forward).parameters.get("targets")
-    return targets is None or targets.default is not inspect.Parameter.empty
 
 
 def _call(module: nn.Module, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

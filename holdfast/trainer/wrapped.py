@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import InvariantViolation
 
-__all__ = ["Wrapped", "fill", "seeded"]
+__all__ = ["Wrapped", "answers", "fill", "seeded"]
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _KEPT = "inv_freq"
@@ -58,6 +59,14 @@ class Wrapped(nn.Module):
             module = self.get_submodule(owner)
             module._buffers[last] = buffer.to(self.get_buffer(name).device)
         return self
+
+
+def answers(model: nn.Module) -> bool:
+    """Whether a model gives logits when it is called without targets."""
+    if not isinstance(model, Wrapped):
+        return True
+    targets = inspect.signature(model.inner.forward).parameters.get("targets")
+    return targets is None or targets.default is not inspect.Parameter.empty
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def stage_repair_problems(config: RunConfig) -> Iterator[str]:
     if stage.repair is Repair.EXACT:
         return
     if config.model.kind is not ModelKind.DECODER:
-        yield f"{name} makes stages of the built-in decoder only, and this is model={config.model.kind.value}; use EXACT"
+        yield f"{name} makes stages of the built-in decoder, and this is model={config.model.kind.value}; use EXACT"
     if parallel.pipeline < 2:
         yield f"{name} is of a pipeline, and there is none; set parallel.pipeline, or EXACT"
     elif parallel.chunks > 1 or replicas_of(config) > 1:

@@ -71,7 +71,8 @@ def this_host() -> Host:
 
 def refuse_bad(config: RunConfig) -> None:
     """Raises: ConfigurationError with everything that is wrong with ``config`` on this machine."""
-    problems = (found := check(config, this_host())) + _missing_files(config, is_sound=not found) or _unusable_storage(config)
+    problems = check(config, this_host())
+    problems = problems + _missing_files(config, is_sound=not problems) or _unusable_storage(config)
     if problems:
         raise ConfigurationError(problems)
 
@@ -282,8 +283,7 @@ def _unfit_tokenizer(config: RunConfig) -> list[str]:
     if not config.data.tokenizer or have == 0 or need <= have:
         return []
     return [
-        f"data.tokenizer={config.data.tokenizer!r} has {need:,} tokens, and the model's vocabulary is {have:,}; give it "
-        "a model with at least as many"
+        f"data.tokenizer={config.data.tokenizer!r} has {need:,} tokens, more than the model's vocabulary of {have:,}"
     ]
 
 

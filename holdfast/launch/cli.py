@@ -231,6 +231,12 @@ def _checkpoint(words: Sequence[str]) -> int:
     return checkpoint_command(words)
 
 
+def _export(words: Sequence[str]) -> int:
+    from holdfast.launch.export_command import export_command
+
+    return export_command(words)
+
+
 def _inject(words: Sequence[str]) -> int:
     from holdfast.launch.inject_command import inject
 
@@ -254,5 +260,6 @@ _COMMANDS: Mapping[str, _Command] = {
     "adapt": _Command("teach a frozen model one domain after the other; route and write with what it learned", _adapt),
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
+    "export": _Command("write what a run has trained as a folder for transformers or PEFT", _export),
     "inject": _Command("break something in a run that is going on, to see it recover", _inject),
 }

@@ -166,6 +166,7 @@ class _Drive:
             command=command,
             versions=identity.versions(),
             git=identity.git_commit(Path.cwd()),
+            data=corpus.describe(material.store),
         )
         self._overrides, self._command = overrides, command
         self._started_s = time.monotonic()

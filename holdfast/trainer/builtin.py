@@ -32,7 +32,11 @@ class Builtin:
 
     def _not_read(self) -> list[str]:
         config = self._config
-        is_set = {"path": bool(config.path), "init": config.init is not ModelInit.FRESH, "options": bool(config.options)}
+        is_set = {
+            "path": bool(config.path),
+            "init": config.init is not ModelInit.FRESH,
+            "options": bool(config.options),
+        }
         return [
             f"model.{key}={getattr(config, key)!r} is not read by the built-in decoder; add model=hf or model=module"
             for key in (key for key, is_there in is_set.items() if is_there)

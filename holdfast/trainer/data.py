@@ -21,7 +21,7 @@ __all__ = ["Batches", "Windows", "target_bytes"]
 
 
 def target_bytes(targets: Tensor) -> int:
-    """How many targets are bytes of text, not <bos> or <eos>, where tokens are bytes: what bits per byte are divided by."""
+    """How many targets are bytes of text, not <bos> or <eos>, where tokens are bytes: for bits per byte."""
     return int((targets < BOS).sum())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,11 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigurationError
-from holdfast.trainer.wrapped import seeded
+from holdfast.trainer.wrapped import Wrapped, seeded
 
-__all__ = ["fresh", "library", "logits", "pretrained", "read_config", "recompute", "shapes", "weight_files"]
+__all__ = [
+    "CONFIG",
+    "fresh",
+    "library",
+    "llama_config",
+    "logits",
+    "pretrained",
+    "read_config",
+    "recompute",
+    "save",
+    "shapes",
+    "weight_files",
+]
 
-_CONFIG = "config.json"
+CONFIG = "config.json"
 
 
 @cache
@@ -42,8 +54,8 @@ def library() -> Any:  # Any: transformers is not checked
 
 def read_config(directory: Path) -> Any:
     """The configuration in a directory. Raises: ConfigurationError for one that transformers cannot use."""
-    if not (directory / _CONFIG).is_file():
-        raise ConfigurationError(f"model.path={str(directory)!r} holds no {_CONFIG}; name a model's directory")
+    if not (directory / CONFIG).is_file():
+        raise ConfigurationError(f"model.path={str(directory)!r} holds no {CONFIG}; name a model's directory")
     try:
         config = library().AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,6 +117,17 @@ def logits(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     return found
 
 
+def llama_config(sizes: Mapping[str, Any]) -> Any:
+    """The configuration of a LLaMA: ``sizes`` as config.json names them."""
+    return library().LlamaConfig(**sizes)
+
+
+def save(model: Wrapped, directory: Path) -> None:
+    """Weights as safetensors, in several files if they are large, and the configuration; tied weights once."""
+    with _quiet():
+        model.inner.save_pretrained(directory)  # type: ignore[operator]  # of transformers' class
+
+
 def recompute(model: Any) -> None:
     """From now on each block is computed anew in the backward pass instead of keeping its activations."""
     with _quiet():  # versions differ in what they call it
@@ -124,7 +147,7 @@ def _from_config(config: Any) -> nn.Module:
 
 
 def _attention(config: Any) -> str | None:
-    """torch's own kernel for the families whose stages rely on its causal mask; what transformers chooses for others."""
+    """torch's own kernel for the families whose stages rely on its causal mask; for others what transformers chooses."""
     return "sdpa" if config.model_type in ("llama", "gpt2") else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
@@ -23,6 +24,9 @@ from holdfast.trainer.wrapped import Wrapped, fill
 
 __all__ = ["HfModel"]
 
+_NO_SIZES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+"""What config.json says besides what the model computes in fp32."""
+
 
 class HfModel:
     """The class that the directory's config.json names, under its own parameter names."""
@@ -33,10 +37,8 @@ class HfModel:
     def problems(self) -> list[str]:
         config = self._config
         if not config.path or not self._directory.is_absolute():
-            return [
-                f"model.path={config.path!r} must be a directory with config.json, absolute, because each process "
-                "resolves a relative path against a folder of its own"
-            ]
+            rule = "must be a directory with config.json, absolute, because processes have working folders of their own"
+            return [f"model.path={config.path!r} {rule}"]
         options = [f"model.options={config.options} are of model=module; leave them out"] if config.options else []
         return [*not_of_a_decoder(config), *options, *self._unusable()]
 
@@ -65,7 +67,9 @@ class HfModel:
 
     @property
     def digest(self) -> str:
-        return xxhash.xxh3_128_hexdigest(self.settings.to_json_string(use_diff=True))
+        found = json.loads((self._directory / hf.CONFIG).read_bytes())
+        told = {name: value for name, value in found.items() if name not in _NO_SIZES}
+        return str(xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode()))
 
     @cached_property
     def settings(self) -> Any:  # Any: transformers is not checked
@@ -107,8 +111,7 @@ class HfModel:
 
     def largest_piece(self, plan: PipelinePlan) -> int:
         return max(
-            sum(prod(shape) for shape in names.values())
-            for names in self.layouts(plan.partition, plan.schedule.layout)
+            sum(prod(shape) for shape in names.values()) for names in self.layouts(plan.partition, plan.schedule.layout)
         )
 
     def piece(

@@ -103,9 +103,9 @@ class ModuleModel:
         return self.build(0)
 
     def pipeline_problems(self) -> list[str]:
+        why = "cannot be divided into the stages of a pipeline, because nobody knows its layers"
         return [
-            f"{self._where} cannot be divided into the stages of a pipeline, because nobody knows its layers; the "
-            "built-in decoder and models of model=hf can; train it with parallel=zero1, zero2 or zero3"
+            f"{self._where} {why}; model=hf and the built-in decoder can; train it with parallel=zero1, zero2 or zero3"
         ]
 
     def layer_costs(self, seq_len: int) -> LayerCosts:

@@ -83,7 +83,9 @@ def test_two_processes_train_to_the_weights_of_one(kind: str, tmp_path: Path) ->
 
 def test_dropout_is_off_while_a_pipeline_measures(tmp_path: Path) -> None:
     write_model(tmp_path, "gpt2", resid_pdrop=0.5)
-    options = _Options(ParallelConfig(pipeline=2, zero_stage=1), optim=OptimConfig(name=OptimName.SGD, lr=0.0, grad_clip=0.0))
+    options = _Options(
+        ParallelConfig(pipeline=2, zero_stage=1), optim=OptimConfig(name=OptimName.SGD, lr=0.0, grad_clip=0.0)
+    )
     (weights, loss), _ = LocalCluster().run(_train, 2, hf_config(tmp_path), options)
     whole = model_of(hf_config(tmp_path)).with_weights(weights)
     with torch.no_grad():

@@ -14,18 +14,17 @@ __all__ = ["KINDS", "hf_config", "peer", "transformers", "write_model"]
 
 transformers: Any = pytest.importorskip("transformers", reason="needs the extra hf")
 
-_LLAMA: dict[str, Any] = dict(
-    vocab_size=259,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-_GPT2: dict[str, Any] = dict(
-    vocab_size=259, n_embd=32, n_layer=4, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-)
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_GPT2: dict[str, Any] = {"vocab_size": 259, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, **_NO_DROPOUT}
 KINDS = ("llama", "llama tied", "gpt2")
 
 

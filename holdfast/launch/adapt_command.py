@@ -20,7 +20,7 @@ from holdfast.launch.adapt_words import curricula_table, matrix
 from holdfast.launch.arguments import Parser, add_root
 from holdfast.launch.curriculum import Curriculum, Learned, Record, find_curriculum, list_curricula
 from holdfast.launch.wording import size
-from holdfast.trainer.config import DataSource
+from holdfast.trainer.config import DataSource, ModelKind
 
 __all__ = ["adapt"]
 
@@ -96,6 +96,11 @@ def _renamed(word: str) -> str:
 
 
 def _config(config: RunConfig) -> RunConfig:
+    if config.model.kind is not ModelKind.DECODER or config.data.tokenizer:
+        raise ConfigurationError(
+            "holdfast adapt teaches the built-in decoder, in bytes; teach another model, or with data.tokenizer, one task "
+            "at a time with holdfast train adapter.method=…"
+        )
     config.root = config.root or str(knobs.home())
     config.adapter.method = config.adapter.method or _METHOD
     config.adapter.base = str(Path(config.adapter.base).expanduser().absolute()) if config.adapter.base else ""
@@ -127,15 +132,22 @@ def _digest(config: RunConfig, base: str) -> str:
     """What makes one curriculum of it."""
     about = {**to_plain(config), "base": base}
     kept = {key: about[key] for key in ("seed", "trainer", "model", "adapter", "optim", "base")}
+    kept["model"] = _sizes(config)
     kept["adapter"] = {name: value for name, value in dict(about["adapter"]).items() if name != "base"}  # type: ignore[call-overload]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _sizes(config: RunConfig) -> dict[str, object]:
+    """Of the built-in decoder: what its record says, and its name."""
+    plain: dict[str, object] = dict(to_plain(config)["model"])  # type: ignore[call-overload]
+    return {key: value for key, value in plain.items() if key not in ("kind", "path", "init", "options")}
 
 
 def _opened(curriculum: Curriculum, config: RunConfig, base: str, base_bytes: int) -> Record:
     """The record that is there, or a new one. Raises: ConfigurationError where it is of something else."""
     plain = to_plain(config)
     adapter = {key: dict(plain["adapter"])[key] for key in ("method", "options", "target_modules", "nf4")}  # type: ignore[call-overload]
-    model: dict[str, object] = dict(plain["model"])  # type: ignore[call-overload]
+    model = _sizes(config)
     new = Record(model=model, adapter=adapter, base=base, base_bytes=base_bytes)
     if not curriculum.exists():
         curriculum.write(new)

@@ -128,7 +128,7 @@ class _Trained:
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         try:
-            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]  # safetensors: untyped
+            with safe_open(path, framework="pt") as file:
                 self.words = f"weights of step {(file.metadata() or {}).get('step', '?')}"
                 return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no mapping
         except (OSError, SafetensorError) as error:

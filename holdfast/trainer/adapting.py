@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from holdfast import adapters
 from holdfast.adapters.targets import ALL_LINEAR
-from holdfast.errors import ConfigurationError, HoldfastError
+from holdfast.errors import ConfigurationError, HoldfastError, InvariantViolation
 from holdfast.parallel.microbatches import Microbatch
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.models import model_of
+from holdfast.trainer.wrapped import fill
 from holdfast.types import Precision
 
 __all__ = ["AdapterTask", "Bricks", "adapted_base", "find_bricks", "problems_of", "trainable_elements", "verify_base"]
@@ -106,10 +107,10 @@ def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "
     verify_base(config, base_digest)
     decoder = model_of(model).build(0, initial=False)
     try:
-        decoder.load_state_dict(safetensors.torch.load_file(config.base))
+        fill(decoder, safetensors.torch.load_file(config.base))
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"adapter.base={config.base!r} cannot be read: {error}") from error
-    except RuntimeError as error:  # torch's only word for weights of another shape
+    except (RuntimeError, InvariantViolation) as error:  # torch's only word for weights of another shape, and fill's
         raise ConfigurationError(f"adapter.base={config.base!r} is of another model: {error}") from error
     if config.nf4:
         adapters.quantise_base(decoder, _targets(config))

@@ -289,8 +289,8 @@ def _sample(options: Options, model: nn.Module) -> str:
     if not answers(model):
         return ""
     vocabulary = vocabulary_of(options.data)
-    ids, _ = vocabulary.encode(options.trainer.prompt.encode())
-    prompt = [*(vocabulary.begin or vocabulary.end), *ids.tolist()]
+    given, _ = vocabulary.encode(options.trainer.prompt.encode())
+    prompt = [*(vocabulary.begin or vocabulary.end), *given.tolist()]
     ids = generate(
         model,
         prompt,

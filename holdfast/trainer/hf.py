@@ -147,7 +147,7 @@ def _from_config(config: Any) -> nn.Module:
 
 
 def _attention(config: Any) -> str | None:
-    """torch's own kernel for the families whose stages rely on its causal mask; for others what transformers chooses."""
+    """torch's own kernel for families whose stages rely on its causal mask, else what transformers chooses."""
     return "sdpa" if config.model_type in ("llama", "gpt2") else None
 
 

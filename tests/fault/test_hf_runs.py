@@ -13,7 +13,7 @@ from holdfast.trainer.config import ModelConfig, ModelInit, ModelKind
 from tests.support.hf_models import hf_config, write_model
 from tests.support.runs import events_of, outcome_of, tiny_config, write_corpus
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 _KILLS = ["sigkill rank=1 step=2 at=step.after_backward", "sigkill rank=0 step=4"]
 
@@ -73,6 +73,7 @@ def test_a_run_that_is_continued_does_not_read_the_weights_that_it_began_with(tm
     config = tiny_config(tmp_path, corpus, steps=2, nodes=1, spares=0)
     config.model, config.resume = hf_config(tmp_path / "model", ModelInit.WEIGHTS), "auto"
     first = train(config)
+    assert first.exit_code == 0
     (tmp_path / "model" / "model.safetensors").unlink()
     config.trainer.max_steps, config.run_id = 4, first.run_dir.name
     second = train(config)

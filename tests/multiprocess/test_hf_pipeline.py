@@ -19,6 +19,8 @@ from holdfast.trainer.models import model_of
 from tests.support.hf_models import hf_config, write_model
 from tests.support.local_cluster import LocalCluster, Member
 
+pytestmark = pytest.mark.timeout(240)  # each rank imports transformers
+
 _RATE, _STEPS, _BATCH, _LENGTH, _MICROBATCHES = 3e-3, 2, 2, 12, 4
 
 
@@ -70,7 +72,7 @@ def _alone(model: ModelConfig, options: _Options) -> tuple[dict[str, torch.Tenso
 def test_two_processes_train_to_the_weights_of_one(kind: str, tmp_path: Path) -> None:
     write_model(tmp_path, kind)
     model, options = hf_config(tmp_path), _Options(ParallelConfig(pipeline=2, zero_stage=1))
-    (weights, loss), _ = LocalCluster().run(_train, 2, model, options)
+    (weights, loss), _ = LocalCluster(deadline_s=180.0).run(_train, 2, model, options)
     expected, expected_loss = _alone(model, options)
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -86,7 +88,7 @@ def test_dropout_is_off_while_a_pipeline_measures(tmp_path: Path) -> None:
     options = _Options(
         ParallelConfig(pipeline=2, zero_stage=1), optim=OptimConfig(name=OptimName.SGD, lr=0.0, grad_clip=0.0)
     )
-    (weights, loss), _ = LocalCluster().run(_train, 2, hf_config(tmp_path), options)
+    (weights, loss), _ = LocalCluster(deadline_s=180.0).run(_train, 2, hf_config(tmp_path), options)
     whole = model_of(hf_config(tmp_path)).with_weights(weights)
     with torch.no_grad():
         expected = sum(float(whole(tokens, targets)) for tokens, targets, _ in _batch(99)) / _MICROBATCHES

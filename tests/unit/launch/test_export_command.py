@@ -23,6 +23,8 @@ from holdfast.trainer.model import Decoder
 from holdfast.trainer.models import model_of
 from tests.support.hf_models import hf_config, transformers, write_model
 
+pytestmark = pytest.mark.timeout(240)  # the first import of transformers, on a machine with other work
+
 _TEXT = "héllo\n wörld €"
 _TINY = ModelConfig(name="tiny", d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=64)
 

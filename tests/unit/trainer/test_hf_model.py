@@ -12,6 +12,8 @@ from holdfast.trainer.config import ModelConfig, ModelInit, ModelKind
 from holdfast.trainer.models import model_of
 from tests.support.hf_models import KINDS, hf_config, transformers, write_model
 
+pytestmark = pytest.mark.timeout(240)  # the first import of transformers, on a machine with other work
+
 
 def _tokens() -> tuple[torch.Tensor, torch.Tensor]:
     text = torch.randint(259, (2, 17), generator=torch.Generator().manual_seed(3))

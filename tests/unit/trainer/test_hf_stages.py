@@ -16,6 +16,8 @@ from holdfast.trainer.hf_stages import FAMILIES, family_of
 from holdfast.trainer.models import model_of
 from tests.support.hf_models import KINDS, hf_config, transformers, write_model
 
+pytestmark = pytest.mark.timeout(240)  # the first import of transformers, on a machine with other work
+
 _SEED = 4
 
 

@@ -18,7 +18,7 @@ def model_card(run: RunDir, words: str, architecture: str, parameters: int, dtyp
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- holdfast\n---\n\n"
-        f"# {run.run_id}\n\nTrained by [Holdfast](https://pypi.org/project/holdfast/), run `{run.run_id}`.\n\n"
+        f"# {run.run_id}\n\nTrained by Holdfast, run `{run.run_id}`.\n\n"
         f"| | |\n|---|---|\n{rows}\n## Options\n\n```\n{_options(record)}\n```\n\n"
         "The licence of the weights is that of their training text and, if they began from other weights, of those.\n"
     )

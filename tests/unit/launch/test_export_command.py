@@ -120,7 +120,7 @@ def _adapter_run(root: Path, method: str, model: ModelConfig = _TINY) -> tuple[R
         task="law",
         target_modules=["all-linear"],
     )
-    task = AdapterTask(config, model, 5, find_bricks(config).base, lambda: [])
+    task = AdapterTask(config, model, 5, find_bricks(config).base, list)
     begun = task.begin(torch.device("cpu"))
     trained = {
         name: torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05

@@ -98,8 +98,8 @@ def _renamed(word: str) -> str:
 def _config(config: RunConfig) -> RunConfig:
     if config.model.kind is not ModelKind.DECODER or config.data.tokenizer:
         raise ConfigurationError(
-            "holdfast adapt teaches the built-in decoder, in bytes; with another model or data.tokenizer teach one task "
-            "at a time, with holdfast train adapter.method=…"
+            "holdfast adapt teaches the built-in decoder, in bytes; with another model or data.tokenizer teach one "
+            "task at a time, with holdfast train adapter.method=…"
         )
     config.root = config.root or str(knobs.home())
     config.adapter.method = config.adapter.method or _METHOD

@@ -40,7 +40,6 @@ from holdfast.launch.resume import Opening, checkpoints_uri, open_run
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.signals import StopSignals
 from holdfast.trainer import corpus
-from holdfast.trainer.config import ModelKind
 from holdfast.trainer.metrics import MetricsFile
 from holdfast.trainer.models import model_of
 from holdfast.trainer.snapshot_cost import CostMeter
@@ -411,8 +410,7 @@ def _make_fleet(config: RunConfig, tag: str) -> Fleet:
     if config.launch.kind is LaunchKind.PROCESS:
         from holdfast.launch.process_fleet import ProcessFleet
 
-        is_hf = config.model.kind is ModelKind.HF
-        return ProcessFleet(["holdfast.launch.preload", *["holdfast.launch.preload_hf"] * is_hf])
+        return ProcessFleet()
     from holdfast.launch.ray_fleet import RayFleet  # importing ray takes a second
 
     return RayFleet(config.launch, tag, doubt_s=config.recovery.suspect_after_s / 2)

@@ -146,7 +146,7 @@ class Training:
 
     def train_step(self) -> None:
         """Collective. The backward pass reduces the gradients; each rank then updates by itself."""
-        ((tokens, targets),) = self._batches.microbatches(self.step)
+        ((tokens, targets, _),) = self._batches.microbatches(self.step)
         loss: Tensor = self._net(tokens, targets)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own, without annotations
         self._diary.die_if_due(self.step)

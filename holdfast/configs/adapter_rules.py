@@ -8,7 +8,7 @@ from contextlib import suppress
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import HoldfastError
 from holdfast.fault_tolerance.bricks import BrickFile
-from holdfast.trainer.sizing import check as check_model
+from holdfast.trainer.models import model_of
 
 __all__ = ["adapter_problems", "curriculum_problems", "frozen_files", "method_problems"]
 
@@ -35,7 +35,7 @@ def adapter_problems(config: RunConfig) -> Iterator[str]:
     for key in ("spike", "patience"):
         if getattr(adapter, key) and not adapter.keep_best:
             yield f"adapter.{key}={getattr(adapter, key)} is looked at by adapter.keep_best=true only"
-    if not check_model(config.model):
+    if not model_of(config.model).problems():
         yield from method_problems(config)
 
 

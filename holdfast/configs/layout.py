@@ -9,8 +9,8 @@ from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts
 from holdfast.parallel.config import ParallelConfig
 from holdfast.parallel.pipeline_plan import PipelinePlan, plan_pipeline, replicas
-from holdfast.trainer.sizing import check as check_model
-from holdfast.trainer.sizing import layer_costs
+from holdfast.trainer.config import ModelKind
+from holdfast.trainer.models import model_of
 from holdfast.types import Precision
 
 __all__ = [
@@ -40,9 +40,12 @@ def pipeline_problems(config: RunConfig) -> Iterator[str]:
         for key in (key for key, is_there in is_set.items() if is_there):
             value = getattr(parallel, key)
             yield f"parallel.{key}={value} is of a pipeline, and there is none; set parallel.pipeline too"
-    if parallel.pipeline < 2 or check_model(config.model):
+    if parallel.pipeline < 2 or model_of(config.model).problems():
         return  # there is none, or its parts are reported already
     if min(parallel.chunks, world(config), trainer.micro_batch) < 1:
+        return
+    if problems := model_of(config.model).pipeline_problems():
+        yield from problems
         return
     try:
         pipeline_plan(config)
@@ -56,6 +59,8 @@ def stage_repair_problems(config: RunConfig) -> Iterator[str]:
     name = f"recovery.stage.repair={stage.repair.name}"
     if stage.repair is Repair.EXACT:
         return
+    if config.model.kind is not ModelKind.DECODER:
+        yield f"{name} makes stages of the built-in decoder, and this is model={config.model.kind.value}; use EXACT"
     if parallel.pipeline < 2:
         yield f"{name} is of a pipeline, and there is none; set parallel.pipeline, or EXACT"
     elif parallel.chunks > 1 or replicas_of(config) > 1:
@@ -82,7 +87,7 @@ def stage_repair_problems(config: RunConfig) -> Iterator[str]:
 def _short_logs(config: RunConfig) -> Iterator[str]:
     """Healing needs one pair to learn from and one to judge by."""
     size = 2 if config.parallel.precision is Precision.BF16 else 4
-    entry = config.trainer.micro_batch * config.data.seq_len * config.model.d_model * size
+    entry = config.trainer.micro_batch * config.data.seq_len * model_of(config.model).d_model * size
     if config.recovery.stage.log_mb * 1e6 < 2 * entry:
         yield (
             f"recovery.stage.log_mb={config.recovery.stage.log_mb:g} holds less than two microbatches' hidden states "
@@ -117,5 +122,5 @@ def replicas_every(parallel: ParallelConfig) -> int:
 def pipeline_plan(config: RunConfig) -> PipelinePlan:
     """Of a configuration that has a pipeline. Raises: ConfigurationError."""
     microbatches = config.trainer.global_batch // (config.trainer.micro_batch * replicas_of(config))
-    costs = layer_costs(config.model, config.data.seq_len)
+    costs = model_of(config.model).layer_costs(config.data.seq_len)
     return plan_pipeline(config.parallel, costs, world=world(config), microbatches=microbatches)

@@ -37,9 +37,10 @@ from holdfast.fault_tolerance.storage import open_storage
 from holdfast.fault_tolerance.storage_uri import below, parse_uri
 from holdfast.optim.config import check as check_optim
 from holdfast.optim.config import moment_count
-from holdfast.trainer.config import DataSource, TrackerName
-from holdfast.trainer.sizing import check as check_model
-from holdfast.trainer.sizing import largest_piece, parameter_count
+from holdfast.trainer.config import DataSource, ModelKind, TrackerName
+from holdfast.trainer.models import model_of
+from holdfast.trainer.sizing import MIN_VOCAB_SIZE
+from holdfast.trainer.vocabulary import vocabulary_of
 
 __all__ = [
     "Host",
@@ -72,7 +73,8 @@ def this_host() -> Host:
 
 def refuse_bad(config: RunConfig) -> None:
     """Raises: ConfigurationError with everything that is wrong with ``config`` on this machine."""
-    problems = [*check(config, this_host(), frozen_files), *_missing_packages(config), *_missing_files(config)]
+    found = check(config, this_host(), frozen_files)
+    problems = [*found, *_missing_packages(config), *_missing_files(config, is_sound=not found)]
     problems = problems or _unusable_storage(config)
     if problems:
         raise ConfigurationError(problems)
@@ -172,6 +174,7 @@ _RULES: Mapping[str, _Rule] = {
     "data.seq_len": _POSITIVE_COUNT,
     "data.validation_share": (lambda v: 0 < v < 1, "between 0 and 1, both excluded: both parts need text"),
     "data.cache": (_is_absolute_or_empty, _ABSOLUTE),
+    "data.tokenizer": (_is_absolute_or_empty, _ABSOLUTE),
     "parallel.zero_stage": (lambda v: 0 <= v <= 3, "0, 1, 2 or 3"),
     "parallel.pipeline": _POSITIVE_COUNT,
     "parallel.chunks": _POSITIVE_COUNT,
@@ -232,12 +235,19 @@ _RULES: Mapping[str, _Rule] = {
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    yield from check_model(config.model)
-    longest = config.model.max_seq_len
+    model, is_builtin = model_of(config.model), config.model.kind is ModelKind.DECODER
+    problems = model.problems()
+    yield from problems
+    if problems and not is_builtin:
+        return
+    longest = model.max_seq_len
     if config.data.seq_len > longest >= 1:
+        own, more = ("model.max_seq_len", " or raise model.max_seq_len") if is_builtin else ("the model's longest", "")
+        yield f"data.seq_len={config.data.seq_len} must be at most {own}={longest}; try data.seq_len={longest}{more}"
+    if not config.data.tokenizer and 0 < model.vocab_size < MIN_VOCAB_SIZE and not is_builtin:
         yield (
-            f"data.seq_len={config.data.seq_len} must be at most model.max_seq_len={longest}; "
-            f"try data.seq_len={longest} or raise model.max_seq_len"
+            f"model.path={config.model.path!r} has a vocabulary of {model.vocab_size}, and bytes need "
+            f"{MIN_VOCAB_SIZE}: 256 byte values, <bos>, <eos> and <pad>; set data.tokenizer"
         )
 
 
@@ -261,7 +271,9 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.path={path!r} is not read by data=local; add data=text, data=jsonl or data=parquet"
     if source is not DataSource.LOCAL and not path:
         yield f"data.path is empty, but data={source.value} needs it: data.path=<file or directory>"
-    if source in (DataSource.JSONL, DataSource.PARQUET) and not config.data.field:
+    if config.data.split and source is not DataSource.HF:
+        yield f"data.split={config.data.split!r} is of data=hf; leave it out"
+    if source in (DataSource.JSONL, DataSource.PARQUET, DataSource.HF) and not config.data.field:
         yield f"data.field is empty, but data={source.value} needs the name of the field that holds the text"
 
 
@@ -275,14 +287,26 @@ def _missing_packages(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _missing_files(config: RunConfig) -> list[str]:
+def _missing_files(config: RunConfig, *, is_sound: bool) -> list[str]:
     paths = {f"adapter.seen.{name}": path for name, path in config.adapter.seen.items()}
-    if config.data.source is not DataSource.LOCAL and config.data.path:
+    if config.data.source not in (DataSource.LOCAL, DataSource.HF) and config.data.path:
         paths["data.path"] = config.data.path
-    return [
+    return (_unfit_tokenizer(config) if is_sound else []) + [
         f"{key}={path!r} does not exist on this machine, which reads it before the workers start"
         for key, path in paths.items()
         if not Path(str(path)).exists()
+    ]
+
+
+def _unfit_tokenizer(config: RunConfig) -> list[str]:
+    try:
+        have, need = model_of(config.model).vocab_size, vocabulary_of(config.data).size
+    except ConfigurationError as error:
+        return list(error.problems)
+    if not config.data.tokenizer or have == 0 or need <= have:
+        return []
+    return [
+        f"data.tokenizer={config.data.tokenizer!r} has {need:,} tokens, more than the model's vocabulary of {have:,}"
     ]
 
 
@@ -454,7 +478,12 @@ def _parameters_of_process(config: RunConfig) -> int:
         plan = pipeline_plan(config) if config.parallel.pipeline > 1 else None
     except ConfigurationError:  # reported already
         plan = None
-    return parameter_count(config.model) if plan is None else largest_piece(config.model, plan)
+    model = model_of(config.model)
+    return model.parameters if plan is None else model.largest_piece(plan)
+
+
+def _has_no_size(config: RunConfig) -> bool:
+    return bool(model_of(config.model).problems())
 
 
 def keeper_limit_bytes(config: RunConfig, host: Host) -> int:
@@ -470,7 +499,7 @@ def _is_one_host(config: RunConfig, host: Host) -> bool:
 
 def _memory_problems(config: RunConfig, host: Host, frozen: Callable[[RunConfig], Sequence[BrickFile]]) -> list[str]:
     """Refused here, snapshots cannot end a run hours later. On a cluster only the user's own limit is known."""
-    if check_model(config.model) or check_optim(config.optim) or world(config) < 1 or any(protection_problems(config)):
+    if _has_no_size(config) or check_optim(config.optim) or world(config) < 1 or any(protection_problems(config)):
         return []  # reported already
     own, held = math.ceil(state_bytes(config) * _buffers(config)), brick_bytes(config, frozen(config))
     per_node = own * config.launch.workers_per_node + max(held)
@@ -496,7 +525,7 @@ def _memory_problems(config: RunConfig, host: Host, frozen: Callable[[RunConfig]
 def _bandwidth_problems(config: RunConfig) -> Iterator[str]:
     """A run that is asked to stop must be able to save itself."""
     mb_per_s, grace_s = config.snapshot.persist_mb_per_s, config.recovery.stop_grace_s
-    if check_model(config.model) or check_optim(config.optim) or world(config) < 1 or not 0 < mb_per_s < math.inf:
+    if _has_no_size(config) or check_optim(config.optim) or world(config) < 1 or not 0 < mb_per_s < math.inf:
         return  # reported already, or without a bound
     needed_s = state_bytes(config) * config.launch.workers_per_node / (mb_per_s * 10**6)
     if needed_s > grace_s:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError
@@ -16,7 +16,6 @@ from holdfast.trainer import corpus
 from holdfast.trainer.adapting import adapted_base
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.data import Batches
-from holdfast.trainer.model import Decoder
 
 __all__ = ["Windows", "adapter_of", "held_out_windows", "load_model", "training_windows"]
 
@@ -33,7 +32,7 @@ def adapter_of(curriculum: Curriculum, record: Record) -> AdapterConfig:
     )
 
 
-def load_model(curriculum: Curriculum, record: Record) -> Decoder:
+def load_model(curriculum: Curriculum, record: Record) -> nn.Module:
     """The base with all kept tasks in evaluation mode, on this machine's GPU if it has one.
 
     Raises: ConfigurationError and ManifestMismatch for files that are not there, damaged, or of something else.
@@ -46,7 +45,7 @@ def training_windows(config: RunConfig, path: str, count: int) -> Windows:
     """The first ``count`` that a run on this text would train on. Raises: ConfigurationError, DataError."""
     batches, left, step = _batches(config, path), count, 0
     while left > 0:
-        for tokens, targets in batches.microbatches(step):
+        for tokens, targets, _ in batches.microbatches(step):
             if left > 0:
                 yield tokens[:left], targets[:left]
                 left -= len(tokens)
@@ -55,7 +54,8 @@ def training_windows(config: RunConfig, path: str, count: int) -> Windows:
 
 def held_out_windows(config: RunConfig, path: str, count: int) -> Windows:
     """As many of the held-out text, or as there are. Raises: ConfigurationError, DataError."""
-    return _batches(config, path).validation(count, config.trainer.micro_batch)
+    batches = _batches(config, path).validation(count, config.trainer.micro_batch)
+    return ((tokens, targets) for tokens, targets, _ in batches)
 
 
 def _batches(config: RunConfig, path: str) -> Batches:

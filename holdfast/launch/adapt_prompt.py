@@ -176,7 +176,8 @@ class Prompted:
 
     @property
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        device: torch.device = next(self._model.parameters()).device
+        return device
 
     def _checked(self, text: str) -> list[int]:
         ids = _ids(text)

@@ -18,7 +18,7 @@ from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError
 from holdfast.launch.adapt_words import matrix
 from holdfast.launch.curriculum import Curriculum, Learned, Record
-from holdfast.trainer.config import DataSource
+from holdfast.trainer.config import DataSource, ModelKind
 
 __all__ = ["teach"]
 
@@ -60,6 +60,11 @@ def _renamed(word: str) -> str:
 
 
 def _config(config: RunConfig) -> RunConfig:
+    if config.model.kind is not ModelKind.DECODER or config.data.tokenizer:
+        raise ConfigurationError(
+            "holdfast adapt teaches the built-in decoder, in bytes; with another model or data.tokenizer teach one "
+            "task at a time, with holdfast train adapter.method=…"
+        )
     config.root = config.root or str(knobs.home())
     config.adapter.method = config.adapter.method or _METHOD
     config.adapter.base = str(Path(config.adapter.base).expanduser().absolute()) if config.adapter.base else ""
@@ -91,9 +96,16 @@ def _digest(config: RunConfig, base: str) -> str:
     """What makes one curriculum of it."""
     about = {**to_plain(config), "base": base}
     kept = {key: about[key] for key in ("seed", "trainer", "model", "adapter", "optim", "base")}
+    kept["model"] = _sizes(config)
     apart = ("base", "in_memory", "router_prompts")  # where things are, and what is trained when all is learned
     kept["adapter"] = {name: value for name, value in dict(about["adapter"]).items() if name not in apart}  # type: ignore[call-overload]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _sizes(config: RunConfig) -> dict[str, object]:
+    """Of the built-in decoder: what its record says, and its name."""
+    plain: dict[str, object] = dict(to_plain(config)["model"])  # type: ignore[call-overload]
+    return {key: value for key, value in plain.items() if key not in ("kind", "path", "init", "options")}
 
 
 def _opened(curriculum: Curriculum, config: RunConfig, base: str, base_bytes: int) -> Record:
@@ -102,7 +114,7 @@ def _opened(curriculum: Curriculum, config: RunConfig, base: str, base_bytes: in
     adapter = {key: dict(plain["adapter"])[key] for key in _FIXED}  # type: ignore[call-overload]
     if config.adapter.protected_directions:
         adapter["protected_directions"] = config.adapter.protected_directions
-    model: dict[str, object] = dict(plain["model"])  # type: ignore[call-overload]
+    model = _sizes(config)
     new = Record(model=model, adapter=adapter, base=base, base_bytes=base_bytes)
     if not curriculum.exists():
         curriculum.write(new)

@@ -15,7 +15,7 @@ from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import size
 from holdfast.trainer import corpus
 from holdfast.trainer.config import TrackerName
-from holdfast.trainer.sizing import parameter_count
+from holdfast.trainer.models import model_of
 from holdfast.trainer.token_store import TokenStore
 from holdfast.trainer.trackers import wandb_mode
 
@@ -83,7 +83,7 @@ def _devices(config: RunConfig) -> str:
     return (
         f"{launch.nodes} nodes x {launch.workers_per_node} ranks ({started}), {launch.spares} spare, {device}; "
         f"zero={parallel.zero_stage}{_pipeline(config)} {parallel.precision.value}; model {config.model.name} "
-        f"{parameter_count(config.model) / 1e6:.2f} M parameters, {config.optim.name.value}"
+        f"{model_of(config.model).parameters / 1e6:.2f} M parameters, {config.optim.name.value}"
     )
 
 

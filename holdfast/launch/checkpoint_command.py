@@ -9,19 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from holdfast.errors import ConfigurationError, SnapshotError
 from holdfast.fault_tolerance import checkpoint
 from holdfast.fault_tolerance.manifest import digest
 from holdfast.fault_tolerance.shards import StorageShards, manifest_of
-from holdfast.fault_tolerance.storage import Storage, open_storage
-from holdfast.fault_tolerance.storage_uri import below
+from holdfast.fault_tolerance.storage import Storage
 from holdfast.launch.arguments import Parser, add_root
 from holdfast.launch.checkpoint_export import export_checkpoint
-from holdfast.launch.find_run import find_run
-from holdfast.launch.records import read_yaml
-from holdfast.launch.run_dir import RunDir
+from holdfast.launch.checkpoint_place import CheckpointPlace, place_of
 from holdfast.launch.wording import clean, size, table
 
 __all__ = ["checkpoint_command"]
@@ -33,9 +29,9 @@ _REDRAW_S = 0.2
 def checkpoint_command(words: Sequence[str]) -> int:
     """Carry out the command line ``words``; the exit code. Raises: ConfigurationError for what does not exist."""
     args = _parser().parse_args(list(words))
-    action: Callable[[_Place, argparse.Namespace], int] = args.action
+    action: Callable[[CheckpointPlace, argparse.Namespace], int] = args.action
     try:
-        return action(_place(args.run, args.root), args)
+        return action(place_of(args.run, args.root), args)
     except SnapshotError as error:
         sys.stderr.write(f"error: {clean(str(error))}\n")
         return _DAMAGED
@@ -65,7 +61,7 @@ def _parser() -> Parser:
 def _action(
     actions: argparse._SubParsersAction[Parser],
     name: str,
-    does: Callable[[_Place, argparse.Namespace], int],
+    does: Callable[[CheckpointPlace, argparse.Namespace], int],
     what: str,
 ) -> Parser:
     parser = actions.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
@@ -78,46 +74,6 @@ def _action(
     )
     add_root(parser)
     return parser
-
-
-# -- whose checkpoints ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where checkpoints are."""
-
-    name: str
-    uri: str
-    storage: Storage
-
-    def chosen(self, step: int | None) -> int:
-        """This step, or the newest that has a complete checkpoint. Raises: ConfigurationError with those that have."""
-        good = [found.step for found in checkpoint.list_checkpoints(self.storage)[0]]
-        if step in good:
-            return step
-        if step is None and good:
-            return good[0]
-        there = f"there are {', '.join(map(str, sorted(good)))}" if good else "there is none"
-        wanted = "" if step is None else f" of step {step}"
-        raise ConfigurationError(f"{self.name} has no complete checkpoint{wanted} in {self.uri}: {there}")
-
-
-def _place(name: str | None, root: str | None) -> _Place:
-    if name is not None and len(urlsplit(name).scheme) > 1:
-        return _Place("storage", name, open_storage(name))
-    path = Path(name).expanduser().absolute() if name is not None else Path()
-    if name is not None and not (path / "run.json").is_file() and any(path.glob("*step-*")):
-        return _Place("directory", str(path), open_storage(str(path)))
-    run = find_run(name, root)
-    uri = _checkpoints_uri(run)
-    return _Place(f"run {run.run_id}", uri, open_storage(uri))
-
-
-def _checkpoints_uri(run: RunDir) -> str:
-    """In the run directory, unless the configuration of the newest attempt names another storage."""
-    storage = read_yaml(run.config_file).get("snapshot.storage")
-    return below(str(storage), run.path.parent.name, run.run_id) if storage else str(run.checkpoints)
 
 
 # -- list -------------------------------------------------------------------------------------------------------------
@@ -139,7 +95,7 @@ class _Row:
     writer: str | None = None
 
 
-def _list(place: _Place, args: argparse.Namespace) -> int:
+def _list(place: CheckpointPlace, args: argparse.Namespace) -> int:
     rows = sorted(_rows(place.storage), key=lambda row: (row.step or 0, row.name))
     if args.json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -193,7 +149,7 @@ def _cells(row: _Row) -> Sequence[str]:
 # -- verify -----------------------------------------------------------------------------------------------------------
 
 
-def _verify(place: _Place, args: argparse.Namespace) -> int:
+def _verify(place: CheckpointPlace, args: argparse.Namespace) -> int:
     """Quarantined checkpoints are known to be bad and in nobody's way; they are not read again."""
     steps, damage = _committed(place, args.step), 0
     for step in steps:
@@ -209,7 +165,7 @@ def _verify(place: _Place, args: argparse.Namespace) -> int:
     return _DAMAGED if damage else 0
 
 
-def _committed(place: _Place, step: int | None) -> Sequence[int]:
+def _committed(place: CheckpointPlace, step: int | None) -> Sequence[int]:
     """Whatever has a commit record, sound or not."""
     names = place.storage.list("")
     found = [number for name in names if (number := checkpoint.step_of(name)) is not None]
@@ -271,7 +227,7 @@ class _Progress:
 # -- export -----------------------------------------------------------------------------------------------------------
 
 
-def _export(place: _Place, args: argparse.Namespace) -> int:
+def _export(place: CheckpointPlace, args: argparse.Namespace) -> int:
     step = place.chosen(args.step)
     path = Path(args.to).expanduser().absolute() / "model.safetensors"
     try:

@@ -234,6 +234,12 @@ def _checkpoint(words: Sequence[str]) -> int:
     return checkpoint_command(words)
 
 
+def _export(words: Sequence[str]) -> int:
+    from holdfast.launch.export_command import export_command
+
+    return export_command(words)
+
+
 def _inject(words: Sequence[str]) -> int:
     from holdfast.launch.inject_command import inject
 
@@ -311,6 +317,7 @@ _COMMANDS: Mapping[str, _Command] = {
     "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
     "submit": _Command("run a training as a Ray job, watch it and end with its exit code", _submit),
     "doctor": _Command("check this machine, its Ray and a run for what would stop a training", _doctor),
+    "export": _Command("write what a run has trained as a folder for transformers or PEFT", _export),
     "inject": _Command("break something in a run that is going on, to see it recover", _inject),
     "wandb-sync": _Command("replay a run's files to W&B: one W&B run of all attempts", _wandb_sync),
     "dashboards": _Command("write a Grafana dashboard and Prometheus alerts for runs on Ray", _dashboards),

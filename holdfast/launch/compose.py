@@ -87,7 +87,7 @@ def hand_over(words: Sequence[str], job: Job | None = None) -> int:
 
     _register()
     hydra_main = hydra.main(version_base=_VERSION, config_path=f"pkg://{_MODULE}", config_name=_MAIN)(task)
-    before, sys.argv = sys.argv, ["holdfast", *map(_as_hydra_has_it, words)]  # Hydra reads them from there only
+    before, sys.argv = sys.argv, ["holdfast", *_as_hydra_has_them(words)]  # Hydra reads them from there only
     try:
         hydra_main()
     except SystemExit as left:
@@ -185,7 +185,7 @@ class _Search:
     def parse(self, words: Sequence[str]) -> tuple[list[Override], list[str]]:
         """What can be read, and what is wrong with the rest."""
         parser, parsed, problems = OverridesParser.create(), list[Override](), list[str]()
-        for word in map(_as_hydra_has_it, words):
+        for word in _as_hydra_has_them(words):
             try:
                 parsed.append(parser.parse_override(word))
             except HydraException as error:
@@ -288,6 +288,19 @@ def _syntax(word: str, error: HydraException) -> str:
     if key in kinds() and kinds()[key] is not str:
         return f"{key} must be {kind_words(key)} ({_line(error)})"
     return f"quote the value, '{key}=\"…\"', if it has other characters than letters and digits ({_line(error)})"
+
+
+def _as_hydra_has_them(words: Sequence[str]) -> list[str]:
+    return [_as_hydra_has_it(part) for word in words for part in _spelled_out(word)]
+
+
+def _spelled_out(word: str) -> Sequence[str]:
+    """``model=package.module:function`` is short for the option of the group and the path."""
+    found = _FUNCTION.fullmatch(word)
+    return (word,) if found is None else ("model=module", f'model.path="{found[1]}"')
+
+
+_FUNCTION = re.compile(r"model=([A-Za-z_][\w.]*:[A-Za-z_]\w*)")
 
 
 def _as_hydra_has_it(word: str) -> str:

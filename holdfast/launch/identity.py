@@ -55,6 +55,9 @@ FREE_KEYS: Mapping[str, str] = {
     "adapter.domains": "which tasks come before and after this one",
     "data.cache": "where the tokens are kept; the text itself has a digest of its own",
     "model.name": "a label",
+    "model.path": "where the model is; what it is has a digest of its own",
+    "data.tokenizer": "where the tokenizer is; the text has a digest of its own",
+    "data.split": "the text has a digest of its own",
     "trainer.micro_batch": "in how many passes a rank sees its share of the global batch; the samples stay the same",
     "parallel.zero_stage": "where state lives, not what it is; a checkpoint is read in any layout",
     "parallel.pipeline": "where layers live",
@@ -71,6 +74,10 @@ FREE_KEYS: Mapping[str, str] = {
 """Keys and sections that may change from one attempt of a run to the next, each with the reason."""
 
 
+_LATER: Mapping[str, object] = {"model.kind": "DECODER", "model.init": "FRESH"}
+"""Keys that older runs did not have, with the value that means what these did: they say nothing then."""
+
+
 def config_digest(plain: Mapping[str, object]) -> str:
     """128 bits of everything in a plain configuration that decides what is computed: all but :data:`FREE_KEYS`."""
     fixed = dict(sorted(_fixed(plain, "")))
@@ -80,7 +87,7 @@ def config_digest(plain: Mapping[str, object]) -> str:
 def _fixed(section: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
     for name, value in section.items():
         key = prefix + name
-        if key in FREE_KEYS:
+        if key in FREE_KEYS or (key in _LATER and value == _LATER[key]):
             continue
         if isinstance(value, Mapping):
             yield from _fixed(value, f"{key}.")

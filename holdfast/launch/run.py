@@ -46,6 +46,7 @@ from holdfast.launch.salvage import salvage, steps_between
 from holdfast.launch.signals import StopSignals
 from holdfast.trainer import corpus
 from holdfast.trainer.metrics import MetricsFile
+from holdfast.trainer.models import model_of
 from holdfast.trainer.snapshot_cost import CostMeter
 from holdfast.trainer.token_store import TokenStore
 from holdfast.trainer.trackers import Tracker, build_tracker
@@ -101,7 +102,7 @@ def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) 
 def _run(config: RunConfig, overrides: Sequence[str], command: Sequence[str], signals: StopSignals) -> Result:
     material = _material(config)
     plain = {key: value for key, value in to_plain(config).items() if key != "adapter" or config.adapter.method}
-    digest = identity.config_digest({**plain, **material.digests, **_choosing(config)})
+    digest = identity.config_digest({**plain, **material.digests, **_choosing(config), **_model_digest(config)})
     opening = open_run(config, digest)
     if opening.is_finished:
         return _nothing_to_do(opening)
@@ -111,6 +112,13 @@ def _run(config: RunConfig, overrides: Sequence[str], command: Sequence[str], si
         except SnapshotError as error:  # nothing has started yet
             raise ConfigurationError(f"run {opening.run_dir.run_id} cannot be driven: {error}") from error
         return drive.to_the_end(signals)
+
+
+def _model_digest(config: RunConfig) -> dict[str, object]:
+    """What the configuration does not say about the model. Weights that it begins with are not in it: a run that is
+    continued does not read them."""
+    digest = model_of(config.model).digest
+    return {"architecture": digest} if digest else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +197,7 @@ class _Drive:
             versions=identity.versions(),
             git=identity.git_commit(Path.cwd()),
             ray_job=self._ray_job.submission_id if self._ray_job else None,
+            data=corpus.describe(material.store),
         )
         self._overrides, self._command = overrides, command
         self._started_s = time.monotonic()

@@ -238,6 +238,7 @@ class WorkerHost:
             note=self._note,
             boundaries=self._boundaries,
             frozen=self._frozen(plan),
+            starts_fresh=plan.version < 0 or bool(plan.repairs),
         )
         laps.end("build")
         try:

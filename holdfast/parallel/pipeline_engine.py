@@ -147,7 +147,11 @@ class PipelineEngine:
     def measure(self, batches: Iterable[Microbatch]) -> list[float]:
         """The same sums without gradients."""
         batch = list(batches)
-        losses = self._executor.measure([(tokens, targets) for tokens, targets, _ in batch])
+        self._model.eval()
+        try:
+            losses = self._executor.measure([(tokens, targets) for tokens, targets, _ in batch])
+        finally:
+            self._model.train()
         return sums_of(dict(enumerate(losses)), batch)
 
     def update(self, lr: float) -> float:

@@ -20,11 +20,13 @@ from holdfast import adapters
 from holdfast.adapters.methods.brainstacks import protect
 from holdfast.adapters.store import task_files
 from holdfast.adapters.targets import ALL_LINEAR
-from holdfast.errors import ConfigurationError, HoldfastError, ManifestMismatch
+from holdfast.errors import ConfigurationError, HoldfastError, InvariantViolation, ManifestMismatch
 from holdfast.fault_tolerance.bricks import BrickFile
+from holdfast.parallel.microbatches import Microbatch
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.frozen import Frozen, file_digest
-from holdfast.trainer.model import Decoder
+from holdfast.trainer.models import model_of
+from holdfast.trainer.wrapped import fill
 from holdfast.types import Precision
 
 __all__ = [
@@ -39,8 +41,7 @@ __all__ = [
     "trainable_elements",
 ]
 
-Inputs = Iterable[tuple[Tensor, Tensor]]
-"""Tokens and targets, int64 [B, T]."""
+Inputs = Iterable[Microbatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class AdapterTask:
     inputs: Callable[[], Inputs]
     """Some text of the task, the same on every rank: for methods that look at it before they start and end."""
 
-    def begin(self, device: torch.device, precision: Precision = Precision.FP32) -> Decoder:
+    def begin(self, device: torch.device, precision: Precision = Precision.FP32) -> nn.Module:
         """The base with the finished tasks and, untrained, this one. Parameters are fp32, as an engine takes them;
         finished tasks have the ``precision`` that it will compute in.
 
@@ -97,7 +98,7 @@ class AdapterTask:
         for layer in adapters.adapters_of(decoder).layers.values() if step else ():
             layer.count_untrained()
 
-    def finish(self, weights: Mapping[str, Tensor]) -> Decoder:
+    def finish(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """On the CPU, with the task frozen as its ``weights`` were trained.
 
         Raises: ConfigurationError if training has not changed anything.
@@ -111,31 +112,31 @@ class AdapterTask:
         adapters.finish_task(decoder)
         return decoder.eval()
 
-    def save(self, decoder: Decoder, directory: Path) -> None:
+    def save(self, decoder: nn.Module, directory: Path) -> None:
         """Write the finished task alone. Raises: OSError."""
         adapters.save_adapters(decoder, directory, only=self.config.task)
 
     @torch.no_grad()
-    def _collect(self, decoder: Decoder) -> None:
+    def _collect(self, decoder: nn.Module) -> None:
         if not adapters.adapters_of(decoder).method.needs_inputs:
             return
         device, was_training = next(decoder.parameters()).device, decoder.training
         with adapters.collect_inputs(decoder.eval()):
-            for tokens, targets in self.inputs():
+            for tokens, targets, _ in self.inputs():
                 decoder(tokens.to(device), targets.to(device))
         decoder.train(was_training)
 
 
-def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "") -> Decoder:
+def adapted_base(config: AdapterConfig, model: ModelConfig, base_digest: str = "") -> nn.Module:
     """The base with all of its finished tasks, on the CPU. Raises: as :meth:`AdapterTask.begin`."""
     if base_digest and file_digest(Path(config.base)) != base_digest:
         raise ConfigurationError(f"adapter.base={config.base!r} is not the file that the run began with; put it back")
-    decoder = Decoder(model)
+    decoder = model_of(model).build(0, initial=False)
     try:
-        decoder.load_state_dict(safetensors.torch.load_file(config.base))
+        fill(decoder, safetensors.torch.load_file(config.base))
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"adapter.base={config.base!r} cannot be read: {error}") from error
-    except RuntimeError as error:  # torch's only word for weights of another shape
+    except (RuntimeError, InvariantViolation) as error:  # torch's only word for weights of another shape, and fill's
         raise ConfigurationError(f"adapter.base={config.base!r} is of another model: {error}") from error
     if config.nf4:
         adapters.quantise_base(decoder, _targets(config))
@@ -210,11 +211,10 @@ def trainable_elements(config: AdapterConfig, model: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in adapters.trainable_parameters(_begun(config, model)))
 
 
-def _begun(config: AdapterConfig, model: ModelConfig) -> Decoder:
+def _begun(config: AdapterConfig, model: ModelConfig) -> nn.Module:
     """A task on a model that has shapes only."""
     method = adapters.create_method(config.method, config.options)
-    with torch.device("meta"):
-        decoder = Decoder(model)
+    decoder = model_of(model).shapes()
     if method.needs_inputs:  # there are none; LoRA of this rank trains no less
         method = adapters.create_method("lora", {"rank": config.options.get("rank", 8)})
     adapters.inject(decoder, method, _targets(config))
@@ -227,7 +227,7 @@ def _targets(config: AdapterConfig) -> str | Sequence[str]:
     return names[0] if len(names) == 1 and (names[0] == ALL_LINEAR or names[0].startswith("^")) else names
 
 
-def _round_buffers(decoder: Decoder, dtype: torch.dtype) -> None:
+def _round_buffers(decoder: nn.Module, dtype: torch.dtype) -> None:
     """DeepSpeed sees to parameters only."""
     for module in decoder.modules():
         for name, buffer in module.named_buffers(recurse=False):

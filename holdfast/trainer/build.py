@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from holdfast import failpoints
 from holdfast.adapters import using_tasks
@@ -24,13 +25,13 @@ from holdfast.parallel.zero import ZeroEngine
 from holdfast.trainer.adapting import AdapterTask, trainable_elements
 from holdfast.trainer.best import BestState, EndRules
 from holdfast.trainer.config import AdapterConfig, DataConfig, ModelConfig, NonFinite, TrainerConfig
-from holdfast.trainer.data import Batches, target_bytes
+from holdfast.trainer.data import Batches
 from holdfast.trainer.engines import Work, build_engine
 from holdfast.trainer.evaluate import evaluate
 from holdfast.trainer.export import export_weights, sample_text
 from holdfast.trainer.frozen import Frozen
 from holdfast.trainer.loop import Goal, Trainer
-from holdfast.trainer.model import Decoder
+from holdfast.trainer.models import model_of
 from holdfast.trainer.observers import Watcher
 from holdfast.trainer.stage_healing import Boundaries, heal_stages
 from holdfast.trainer.state import StateView, TrainState
@@ -89,6 +90,7 @@ class Job:
         wait for it then. Takes seconds, once per process."""
         if self.options.adapter.method:
             trainable_elements(self.options.adapter, self.options.model)
+        _ = model_of(self.options.model).parameters  # imports what it is made of
         options, tokens = self.options, torch.zeros(1, _TINY.max_seq_len, dtype=torch.long, device=self.device)
         alone = TorchCommunicator.alone(self.backend)
         try:
@@ -115,7 +117,9 @@ class RankRun:
         note: Note,
         boundaries: Boundaries | None = None,
         frozen: Frozen | None = None,
+        starts_fresh: bool = True,
     ) -> None:
+        """Unless it ``starts_fresh``, every weight is going to be restored."""
         self._job, self._comm, self._watcher, self._note = job, comm, watcher, note
         self._frozen = frozen or Frozen()
         self._boundaries = boundaries
@@ -134,6 +138,7 @@ class RankRun:
             world=comm.world,
             observer=boundaries,
             model=self._task.begin(job.device, options.parallel.precision) if self._task else None,
+            initial=starts_fresh,
         )
         self._best = BestState(self._engine, EndRules.of(options.adapter)) if options.adapter.keep_best else None
         self.view = StateView(TrainState(), self._engine, rank=comm.rank, best=self._best)
@@ -170,9 +175,7 @@ class RankRun:
         weights = self._engine.full_weights()
         if self._comm.rank != 0:
             return {}
-        model = self._task.finish(weights) if self._task else Decoder(self._job.options.model)
-        if self._task is None:
-            model.load_state_dict(weights)
+        model = self._task.finish(weights) if self._task else model_of(self._job.options.model).with_weights(weights)
         found = {"step": step, "bits_per_byte": bits, "windows": windows, **row, **kept}
         found["text"] = sample_text(model, self._job.options.trainer, self._job.options.seed, self._job.options.data)
         try:
@@ -180,7 +183,7 @@ class RankRun:
         except OSError as error:
             return {**found, "not_exported": str(error)}
 
-    def _write(self, model: Decoder, weights: Mapping[str, torch.Tensor], step: int) -> Path:
+    def _write(self, model: nn.Module, weights: Mapping[str, torch.Tensor], step: int) -> Path:
         """What was trained, to the disk. Raises: OSError."""
         folder = Path(self._job.export_dir)
         if self._task is not None:
@@ -221,13 +224,13 @@ class RankRun:
     def _training(self, step: int) -> Sequence[Microbatch]:
         if self._boundaries is not None:
             self._boundaries.step = step
-        return [self._on_device(tokens, targets) for tokens, targets in self._batches.microbatches(step)]
+        return [self._on_device(batch) for batch in self._batches.microbatches(step)]
 
     def _validation(self, batches: Batches) -> Iterator[Microbatch]:
         trainer = self._job.options.trainer
-        for tokens, targets in batches.validation(trainer.eval_windows, trainer.micro_batch):
+        for batch in batches.validation(trainer.eval_windows, trainer.micro_batch):
             self._watcher.check()
-            yield self._on_device(tokens, targets)
+            yield self._on_device(batch)
 
     def _open(self, store: str, rank: int, world: int = 0) -> Batches:
         """A share of the batches; by default that of one replica among all."""
@@ -247,8 +250,9 @@ class RankRun:
         options, whole = self._job.options, self._open(self._job.store, 0, 1)
         return AdapterTask(options.adapter, options.model, options.seed, self._frozen, lambda: whole.microbatches(0))
 
-    def _on_device(self, tokens: torch.Tensor, targets: torch.Tensor) -> Microbatch:
-        return tokens.to(self._job.device), targets.to(self._job.device), target_bytes(targets)
+    def _on_device(self, batch: Microbatch) -> Microbatch:
+        tokens, targets, n_bytes = batch
+        return tokens.to(self._job.device), targets.to(self._job.device), n_bytes
 
     def _evaluate(self, step: int) -> float:
         bits, windows = self._measure(step)

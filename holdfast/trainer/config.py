@@ -11,6 +11,8 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "ModelConfig",
+    "ModelInit",
+    "ModelKind",
     "NonFinite",
     "TrackerConfig",
     "TrackerName",
@@ -19,12 +21,37 @@ __all__ = [
 ]
 
 
+class ModelKind(Enum):
+    """Whose model trains."""
+
+    DECODER = "decoder"
+    HF = "hf"
+    MODULE = "module"
+
+
+class ModelInit(Enum):
+    """Where a run's first weights come from."""
+
+    FRESH = "fresh"
+    WEIGHTS = "weights"
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder of the LLaMA family."""
+    """A decoder of the LLaMA family, a model of Hugging Face, or the user's own module."""
 
     name: str = "1m"
     """Label of the preset, for the record only."""
+    kind: ModelKind = ModelKind.DECODER
+    """DECODER: the built-in one, of the sizes below. HF: a causal language model of transformers, see ``path``. MODULE:
+    any module that the function ``path`` returns."""
+    path: str = ""
+    """HF: directory with config.json, absolute. MODULE: ``package.module:function``, importable on every rank."""
+    init: ModelInit = ModelInit.FRESH
+    """Only for HF. FRESH draws the weights that the seed says; WEIGHTS takes the directory's safetensors. A run that is
+    continued reads neither."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Only for MODULE: arguments of the function, ``model.options.depth=4``."""
     vocab_size: int = 259
     """Tokens: 256 bytes, <bos>, <eos>, <pad>."""
     d_model: int = 256
@@ -105,6 +132,7 @@ class DataSource(Enum):
     TEXT = "text"
     JSONL = "jsonl"
     PARQUET = "parquet"
+    HF = "hf"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,11 +140,17 @@ class DataConfig:
     """The training text."""
 
     source: DataSource = DataSource.LOCAL
-    """LOCAL: this interpreter's standard library and pydoc topics. TEXT, JSONL, PARQUET: ``path``."""
+    """LOCAL: this interpreter's standard library and pydoc topics. TEXT, JSONL, PARQUET: ``path``. HF: a
+    dataset of Hugging Face."""
     path: str = ""
-    """File or directory (searched recursively) of the user's own text; .gz .bz2 .zst are read too."""
+    """File or directory (searched recursively) of the user's own text; .gz .bz2 .zst are read too. HF: a
+    directory that ``save_to_disk`` made, one of files that ``datasets`` reads, or a name."""
+    split: str = ""
+    """Only for HF, which part of the dataset is read; empty means train. What is held out is a share of it."""
     field: str = "text"
     """JSON field or parquet column that holds the text."""
+    tokenizer: str = ""
+    """Directory with the tokenizer.json of Hugging Face, absolute; empty means bytes."""
     seq_len: int = 256
     """Tokens per training sequence."""
     validation_share: float = 0.05

@@ -16,6 +16,7 @@ from holdfast.trainer.sources import Source, find_source
 from holdfast.trainer.split import Division, Split
 from holdfast.trainer.token_store import FORMAT_VERSION, TokenStore
 from holdfast.trainer.token_writer import StoreWriter, remove_abandoned, write_store
+from holdfast.trainer.vocabulary import Vocabulary, vocabulary_of
 
 __all__ = ["describe", "prepare"]
 
@@ -29,9 +30,9 @@ def prepare(config: DataConfig, cache: Path) -> TokenStore:
     interpreter): no text is read then. A damaged one is replaced.
     Raises: DataError when text is missing, unreadable or too short; ConfigurationError when ``cache`` is not writable.
     """
-    source = find_source(config)
-    path = cache / f"{config.source.value}-{_key(config, source)}"
-    store = _existing(path) or _build(config, source, path)
+    source, vocabulary = find_source(config), vocabulary_of(config)
+    path = cache / f"{config.source.value}-{_key(config, source, vocabulary)}"
+    store = _existing(path) or _build(config, source, vocabulary, path)
     _check_length(config, source, store.n_tokens)
     return store
 
@@ -42,8 +43,9 @@ def describe(store: TokenStore) -> str:
     return f"{store.title}, {size}, digest {store.digest[:4]}…, {', '.join(store.licences)}"
 
 
-def _key(config: DataConfig, source: Source) -> str:
+def _key(config: DataConfig, source: Source, vocabulary: Vocabulary) -> str:
     options = [config.source.value, source.origin, config.field, config.validation_share]
+    options += [part for part in (config.split, vocabulary.digest) if part]
     files = [(file.name, file.stamp) for file in source.files]
     return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, options, source.build, files]).encode())
 
@@ -58,7 +60,7 @@ def _existing(path: Path) -> TokenStore | None:
         return None
 
 
-def _build(config: DataConfig, source: Source, path: Path) -> TokenStore:
+def _build(config: DataConfig, source: Source, vocabulary: Vocabulary, path: Path) -> TokenStore:
     started_s = time.monotonic()
     remove_abandoned(path.parent, time.time())
 
@@ -66,7 +68,7 @@ def _build(config: DataConfig, source: Source, path: Path) -> TokenStore:
         _copy(source, Division([file.name for file in source.files], config.validation_share), writer)
         _check_length(config, source, writer.n_tokens)  # before anything is published
 
-    store = write_store(path, source.title, fill)
+    store = write_store(path, source.title, fill, vocabulary)
     logger.info("built %s from %d files in %.1f s", path, len(source.files), time.monotonic() - started_s)
     return store
 
@@ -75,10 +77,14 @@ def _copy(source: Source, division: Division, writer: StoreWriter) -> None:
     row = 0
     for file in source.files:
         writer.begin_file(file.name, file.licence)
-        for text, begins_document in file.pieces():
-            writer.append(division.split_of(file.name, row), text, begins_document=begins_document)
-            row += 1
-        if not writer.end_file() and len(source.files) == 1:  # among others an empty one is nothing
+        try:
+            for text, begins_document in file.pieces():
+                writer.append(division.split_of(file.name, row), text, begins_document=begins_document)
+                row += 1
+            size = writer.end_file()
+        except UnicodeDecodeError as error:
+            raise DataError(file.origin, f"is not UTF-8, as data.tokenizer needs it ({error.reason})") from error
+        if not size and len(source.files) == 1:  # among others an empty one is nothing
             raise DataError(file.origin, "holds no text; point data.path at another file")
 
 

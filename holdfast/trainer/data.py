@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError, DataError
+from holdfast.parallel.microbatches import Microbatch
 from holdfast.trainer.order import window_of
 from holdfast.trainer.split import Split
 from holdfast.trainer.token_store import TokenStore
@@ -20,7 +21,7 @@ __all__ = ["Batches", "Windows", "target_bytes"]
 
 
 def target_bytes(targets: Tensor) -> int:
-    """How many targets are bytes of text, not <bos> or <eos>: what bits per byte are divided by."""
+    """How many targets are bytes of text, not <bos> or <eos>, where tokens are bytes: for bits per byte."""
     return int((targets < BOS).sum())
 
 
@@ -30,19 +31,31 @@ class Windows:
     Windows do not overlap. The last target of one is the first token of the next, so no transition is left out.
     """
 
-    def __init__(self, stream: npt.NDArray[np.uint16], seq_len: int) -> None:
-        self._stream, self._seq_len = stream, seq_len
+    def __init__(
+        self,
+        stream: npt.NDArray[np.unsignedinteger],
+        seq_len: int,
+        lengths: npt.NDArray[np.uint32] | None = None,
+    ) -> None:
+        self._stream, self._seq_len, self._lengths = stream, seq_len, lengths
 
     def __len__(self) -> int:
         return max(len(self._stream) - 1, 0) // self._seq_len
 
-    def stack(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of these windows, both int64 [B, T] on the CPU, with memory of their own."""
+    def stack(self, numbers: Sequence[int]) -> Microbatch:
+        """Tokens and targets of these windows, both int64 [B, T] on the CPU, with memory of their own, and how many
+        bytes of text the targets are."""
         rows = np.empty((len(numbers), self._seq_len + 1), np.int64)
         for row, number in zip(rows, numbers, strict=True):
             row[:] = self._stream[number * self._seq_len :][: self._seq_len + 1]
         both = torch.from_numpy(rows)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        tokens, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        return tokens, targets, target_bytes(targets) if self._lengths is None else self._bytes(numbers)
+
+    def _bytes(self, numbers: Sequence[int]) -> int:
+        assert self._lengths is not None
+        starts = (number * self._seq_len + 1 for number in numbers)
+        return sum(int(self._lengths[start : start + self._seq_len].sum()) for start in starts)
 
 
 class Batches:
@@ -81,7 +94,7 @@ class Batches:
         """Training windows in one pass."""
         return len(self._train)
 
-    def microbatches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
         """This rank's microbatches, tokens and targets int64 [B, T], for the step that follows ``step`` finished ones.
 
         The global batch is the samples from ``step * global_batch`` on. Rank r has the r-th of ``world`` equal parts:
@@ -93,7 +106,7 @@ class Batches:
             samples = range(start, start + self._micro_batch)
             yield self._train.stack([window_of(self._seed, sample, len(self._train)) for sample in samples])
 
-    def validation(self, windows: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation(self, windows: int, micro_batch: int) -> Iterator[Microbatch]:
         """This rank's share of :meth:`n_validation` windows, evenly spaced in the held-out text and always the same.
 
         Every rank yields equally many batches, of equal shapes; no window is counted twice.
@@ -113,7 +126,7 @@ class Batches:
 
 
 def _windows(store: TokenStore, split: Split, seq_len: int, *, at_least: int) -> Windows:
-    windows = Windows(store.tokens(split), seq_len)
+    windows = Windows(store.tokens(split), seq_len, store.lengths(split))
     if len(windows) < at_least:  # one to train on; one per rank to validate on, as ranks validate in step
         raise DataError(
             str(store.path),

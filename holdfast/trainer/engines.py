@@ -19,9 +19,7 @@ from holdfast.parallel.pipeline_engine import PipelineEngine, PipelineOptions, P
 from holdfast.parallel.pipeline_plan import plan_pipeline, replicas
 from holdfast.parallel.zero import ZeroEngine, ZeroOptions
 from holdfast.trainer.config import ModelConfig
-from holdfast.trainer.model import Decoder, initialise
-from holdfast.trainer.sizing import layer_costs
-from holdfast.trainer.stages import layouts_of, piece_of
+from holdfast.trainer.models import model_of
 
 __all__ = ["EngineOptions", "Work", "build_engine"]
 
@@ -54,13 +52,18 @@ def build_engine(
     world: int,
     observer: Observer | None = None,
     model: nn.Module | None = None,
+    initial: bool = True,
 ) -> ZeroEngine | PipelineEngine:
-    """Collective. Freshly initialised, or with ``model``, the only reference to it. ``observer`` is of a pipeline."""
+    """Collective. Freshly initialised, or with ``model``, the only reference to it. ``observer`` is of a pipeline.
+
+    Without ``initial`` all weights are going to be restored, and nobody reads those that the model would begin with.
+    """
     if options.parallel.pipeline > 1:
-        return _build_pipeline(options, config, device, work, rank=rank, world=world, observer=observer)
+        return _build_pipeline(
+            options, config, device, work, rank=rank, world=world, observer=observer, initial=initial
+        )
     if model is None:
-        model = Decoder(config)
-        initialise(model, options.seed)
+        model = model_of(config).build(options.seed, initial=initial)
         model.to(device)
     return ZeroEngine(
         model,
@@ -88,14 +91,14 @@ def _build_pipeline(
     rank: int,
     world: int,
     observer: Observer | None,
+    initial: bool,
 ) -> PipelineEngine:
-    parallel = options.parallel
+    parallel, model = options.parallel, model_of(config)
     if world == 1:  # a rehearsal
         parallel = replace(parallel, pipeline=1, chunks=1, blocks=[], swapped=False)
-    plan = plan_pipeline(parallel, layer_costs(config, work.seq_len), world=world, microbatches=work.microbatches)
+    plan = plan_pipeline(parallel, model.layer_costs(work.seq_len), world=world, microbatches=work.microbatches)
     place, layout = Place(parallel.pipeline, replicas(parallel, world), rank), plan.schedule.layout
-    piece, stages = piece_of(config, plan.partition, layout, place.process)
-    initialise(piece, options.seed)
+    piece, stages = model.piece(plan.partition, layout, place.process, options.seed, initial=initial)
     piece.to(device)
     return PipelineEngine(
         piece,
@@ -107,13 +110,13 @@ def _build_pipeline(
         optim,
         PipelineOptions(
             precision=parallel.precision,
-            shape=(work.micro_batch, work.seq_len, config.d_model),
+            shape=(work.micro_batch, work.seq_len, model.d_model),
             grad_clip=options.optim.grad_clip,
             block_size=_block_size(options.optim),
             is_sharded=parallel.zero_stage > 0,
             rate_factor=_rate_factor(options.recovery.stage),
         ),
-        layouts_of(config, plan.partition, layout),
+        model.layouts(plan.partition, layout),
         observer,
     )
 

@@ -11,9 +11,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from holdfast.trainer import tokenizer
 from holdfast.trainer.config import DataConfig, TrainerConfig
 from holdfast.trainer.model import generate
+from holdfast.trainer.vocabulary import vocabulary_of
+from holdfast.trainer.wrapped import answers
 
 __all__ = ["export_weights", "sample_text"]
 
@@ -41,13 +42,17 @@ def export_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: Mappi
 
 def sample_text(model: nn.Module, trainer: TrainerConfig, seed: int, data: DataConfig) -> str:
     """Text from trained weights, alone in fp32 on the CPU; the same on every machine that computes alike."""
+    if not answers(model):
+        return ""
+    vocabulary = vocabulary_of(data)
+    given, _ = vocabulary.encode(trainer.prompt.encode())
     ids = generate(
         model,
-        [tokenizer.BOS, *tokenizer.encode(trainer.prompt)],
+        [*(vocabulary.begin or vocabulary.end), *given.tolist()],
         trainer.generate_bytes,
         temperature=_TEMPERATURE,
         top_k=_TOP_K,
         seed=seed,
         max_seq_len=data.seq_len,
     )
-    return trainer.prompt + tokenizer.decode(ids)
+    return trainer.prompt + vocabulary.decode(ids)

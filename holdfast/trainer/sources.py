@@ -13,6 +13,7 @@ from pathlib import Path
 
 from holdfast.errors import ConfigurationError, DataError
 from holdfast.trainer.config import DataConfig, DataSource
+from holdfast.trainer.hf_dataset import name_of, read_dataset
 from holdfast.trainer.readers import CODECS, Piece, read_jsonl, read_parquet, read_text, unreadable
 
 __all__ = ["Source", "SourceFile", "find_source"]
@@ -50,7 +51,9 @@ def find_source(config: DataConfig) -> Source:
 
     Raises: DataError when there are none or one cannot be read, ConfigurationError without a path.
     """
-    return _standard_library() if config.source is DataSource.LOCAL else _own_files(config)
+    if config.source is DataSource.LOCAL:
+        return _standard_library()
+    return _dataset(config) if config.source is DataSource.HF else _own_files(config)
 
 
 # -- the running interpreter ------------------------------------------------------------------------------------------
@@ -128,6 +131,16 @@ def _matching(root: Path, kind: DataSource) -> list[tuple[str, Path]]:
             f"over; name a single file, or choose another data.source than {kind.name}",
         )
     return found
+
+
+def _dataset(config: DataConfig) -> Source:
+    """Of Hugging Face: one file, whose rows are divided. A name of the hub has no stamp: it means one content."""
+    if not config.path:
+        raise ConfigurationError("data.source=HF needs data.path=<directory or name>")
+    root = Path(config.path).expanduser()
+    stamps = sorted((name, _stamp(path)) for name, path in _below(root)) if root.is_dir() else []
+    rows = SourceFile("rows", config.path, repr(stamps), _OWN_LICENCE, lambda: read_dataset(config))
+    return Source(f"hf: {name_of(config)}", config.path, "", (rows,))
 
 
 # -- both -------------------------------------------------------------------------------------------------------------

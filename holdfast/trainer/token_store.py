@@ -1,8 +1,9 @@
-"""A tokenised corpus on disk: ids as little-endian uint16, one file per split, memory-mapped by every rank.
+"""A tokenised corpus on disk: ids as little-endian uint16 (uint32), one file per split, memory-mapped by every rank.
 
 ::
 
     <store>/train.bin  validation.bin     documents one after the other, each <bos> bytes <eos>
+    <store>/train.len  validation.len     unless tokens are bytes: how many bytes of text each one takes, uint32
     <store>/manifest.arrow                Arrow IPC file: one row per source file and split; totals in its metadata
 
 Nothing in it depends on the length of a sequence, the batch or the number of ranks. It is written once, by
@@ -24,12 +25,26 @@ import pyarrow as pa
 from holdfast.errors import DataError
 from holdfast.trainer.split import Split
 
-__all__ = ["COLUMNS", "DTYPE", "FORMAT_VERSION", "MANIFEST", "METADATA_KEY", "TokenStore", "split_file"]
+__all__ = [
+    "COLUMNS",
+    "DTYPE",
+    "FORMAT_VERSION",
+    "LENGTHS_DTYPE",
+    "MANIFEST",
+    "METADATA_KEY",
+    "WIDE_DTYPE",
+    "TokenStore",
+    "lengths_file",
+    "split_file",
+]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.arrow"
 METADATA_KEY = b"holdfast"
 DTYPE = np.dtype("<u2")
+WIDE_DTYPE = np.dtype("<u4")
+"""Of the tokens of a vocabulary of more than 65,536."""
+LENGTHS_DTYPE = np.dtype("<u4")
 COLUMNS = pa.schema(
     [
         ("name", pa.string()),
@@ -48,6 +63,11 @@ def split_file(split: Split) -> str:
     return f"{split.value}.bin"
 
 
+def lengths_file(split: Split) -> str:
+    """Name of the file that says how many bytes of text each token takes."""
+    return f"{split.value}.len"
+
+
 @dataclass(frozen=True, slots=True)
 class TokenStore:
     """An intact store; the tokens stay on disk until they are touched."""
@@ -59,9 +79,13 @@ class TokenStore:
     """xxh3-128 of the tokens of both splits: equal exactly if a run sees the same tokens."""
     n_tokens: Mapping[Split, int]
     n_bytes: Mapping[Split, int]
-    """Bytes of text: tokens without <bos> and <eos>."""
+    """Bytes of text."""
     documents: int
     licences: tuple[str, ...]
+    token_bytes: int = DTYPE.itemsize
+    """Size of a number on disk."""
+    has_lengths: bool = False
+    """Whether tokens are something else than bytes."""
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
@@ -73,11 +97,14 @@ class TokenStore:
         try:
             store = cls._from_metadata(path, _metadata(path / MANIFEST))
             sizes = {split: (path / split_file(split)).stat().st_size for split in Split}
+            for split in Split if store.has_lengths else ():
+                if (path / lengths_file(split)).stat().st_size != store.n_tokens[split] * LENGTHS_DTYPE.itemsize:
+                    raise ValueError(f"{lengths_file(split)} has another length than the tokens")
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise _broken(path, f"is not a complete token store: {error}") from error
         for split, size in sizes.items():
-            if size != store.n_tokens[split] * DTYPE.itemsize or not size:
-                need = f"{store.n_tokens[split]:,} tokens of {DTYPE.itemsize} bytes"
+            if size != store.n_tokens[split] * store.token_bytes or not size:
+                need = f"{store.n_tokens[split]:,} tokens of {store.token_bytes} bytes"
                 raise _broken(path / split_file(split), f"has {size:,} bytes, the manifest says {need}")
         return store
 
@@ -94,11 +121,23 @@ class TokenStore:
             n_bytes={split: int(head["bytes"][split.value]) for split in Split},
             documents=int(head["documents"]),
             licences=tuple(head["licences"]),
+            token_bytes=int(head.get("token_bytes", DTYPE.itemsize)),
+            has_lengths=bool(head.get("has_lengths", False)),
         )
 
-    def tokens(self, split: Split) -> npt.NDArray[np.uint16]:
-        """A read-only memory map, uint16 [n_tokens]."""
-        mapped = np.memmap(self.path / split_file(split), dtype=DTYPE, mode="r", shape=(self.n_tokens[split],))
+    def tokens(self, split: Split) -> npt.NDArray[np.unsignedinteger]:
+        """A read-only memory map, uint16 or uint32 [n_tokens]."""
+        dtype = DTYPE if self.token_bytes == DTYPE.itemsize else WIDE_DTYPE
+        return self._mapped(split_file(split), dtype, self.n_tokens[split])
+
+    def lengths(self, split: Split) -> npt.NDArray[np.uint32] | None:
+        """How many bytes of text each token takes, uint32 [n_tokens]; None where tokens are bytes."""
+        if not self.has_lengths:
+            return None
+        return self._mapped(lengths_file(split), LENGTHS_DTYPE, self.n_tokens[split])
+
+    def _mapped(self, name: str, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+        mapped = np.memmap(self.path / name, dtype=dtype, mode="r", shape=(count,))
         return np.asarray(mapped)  # the same memory; slices of a memmap object cost twice as much
 
 

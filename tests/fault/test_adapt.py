@@ -314,7 +314,7 @@ def _offline_bits(curriculum: Curriculum, text: str, words: list[str], first: in
     batches = Batches(store, seed=0, seq_len=32, global_batch=4, micro_batch=2, rank=0, world=1)
     nats = bytes_ = 0.0
     with adapters.using_tasks(model, first=first), torch.no_grad():
-        for tokens, targets in batches.validation(8, 2):
+        for tokens, targets, _ in batches.validation(8, 2):
             nats += float(model(tokens, targets)) * targets.numel()
             bytes_ += int((targets < 256).sum())
     return nats / bytes_ / 0.6931471805599453

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 _HEAVY = ["ray", "deepspeed", "wandb", "hydra", "omegaconf"]
+_HUGGING_FACE = ["transformers", "tokenizers", "datasets"]
 _BESIDE_TORCH = ["numpy", "xxhash", "pyarrow", "zfec", "psutil", "safetensors", "rich"]
 
 _BLOCK = """
@@ -61,6 +62,8 @@ def test_a_part_for_use_alone_loads_nothing_heavy(package: str) -> None:
         ("holdfast.optim", _HEAVY + _BESIDE_TORCH),
         ("holdfast.adapters", _HEAVY + _BESIDE_TORCH),
         ("holdfast.fault_tolerance", _HEAVY),
+        ("holdfast.trainer", _HUGGING_FACE),
+        ("holdfast.configs", _HUGGING_FACE),
     ],
 )
 def test_a_part_for_use_alone_works_where_the_rest_is_not_installed(package: str, missing: list[str]) -> None:

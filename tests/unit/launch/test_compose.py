@@ -19,10 +19,12 @@ from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError
 from holdfast.launch.compose import compose_config, expand, hand_over
 from holdfast.optim.config import OptimName
+from holdfast.trainer.config import ModelInit, ModelKind
 from holdfast.types import Precision
 
 CONFIGS = Path(holdfast.configs.__file__).parent
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONFIGS.glob("*/*.yaml"))
+OPTIONS.remove("model=hf")  # needs a directory, and transformers: see test_a_model_of_transformers_is_chosen_by_a_path
 OPTIMIZERS = ", ".join(sorted(name.value for name in OptimName))
 BIG = validate.Host(free_bytes=10**13)
 
@@ -48,7 +50,8 @@ def test_the_defaults_are_those_of_the_dataclasses_and_sound() -> None:
 
 
 _NEEDED = {
-    **dict.fromkeys(("data=text", "data=jsonl", "data=parquet"), ("data.path=/books",)),
+    **dict.fromkeys(("data=text", "data=jsonl", "data=parquet", "data=hf"), ("data.path=/books",)),
+    "model=module": ("model.path=tests.support.own_model:build",),
     "parallel=pipeline": ("model.n_layers=6",),
     "recovery=checkfree": (
         *("parallel=pipeline", "parallel.pipeline=4", "parallel.swapped=true", "parallel.blocks=[1,1,1,1]"),
@@ -61,6 +64,28 @@ _NEEDED = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_yaml_file_loads_and_keeps_the_rules(option: str) -> None:
     assert validate.check(compose_config([option, *_NEEDED.get(option, ())]), BIG) == []
+
+
+def test_a_model_of_transformers_is_chosen_by_a_path(tmp_path: Path) -> None:
+    config = compose_config(["model=hf", f"model.path={tmp_path}", "model.init=weights"])
+    assert (config.model.kind, config.model.path) == (ModelKind.HF, str(tmp_path))
+    assert config.model.init is ModelInit.WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "words", [["model=tests.support.own_model:build"], ["model=module", "model.path='tests.support.own_model:build'"]]
+)
+def test_a_function_is_chosen_as_a_model_by_its_name(words: list[str]) -> None:
+    config = compose_config([*words, "model.options.width=8", "data.seq_len=32"])
+    assert (config.model.kind, config.model.name) == (ModelKind.MODULE, "module")
+    assert (config.model.path, config.model.options) == ("tests.support.own_model:build", {"width": 8})
+    assert validate.check(config, BIG) == []
+
+
+def test_a_function_is_one_of_the_values_of_a_sweep() -> None:
+    assert expand(["model=tests.support.own_model:build", "seed=0,1"]) == [
+        ["model=module", 'model.path="tests.support.own_model:build"', f"seed={seed}"] for seed in (0, 1)
+    ]
 
 
 def test_every_optimizer_has_a_file_that_chooses_it() -> None:

@@ -44,7 +44,7 @@ def make(base: Path) -> Make:
     def task(method: str = "lora", name: str = "one", tasks: list[str] | None = None) -> AdapterTask:
         config = AdapterConfig(method=method, options={"rank": 2}, target_modules=ATTENTION, base=str(base))
         config.tasks, config.task = tasks or [], name
-        return AdapterTask(config, MODEL, 5, Frozen(find_bricks(config).files), lambda: [_text()])
+        return AdapterTask(config, MODEL, 5, Frozen(find_bricks(config).files), lambda: [(*_text(), 0)])
 
     return task
 

@@ -46,9 +46,9 @@ def open_batches(store: TokenStore, **options: Any) -> Batches:
     return Batches.open(store.path, **{**defaults, **options})
 
 
-def rows(batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[int, ...]]:
+def rows(batches: Iterable[tuple[Tensor, Tensor, int]]) -> list[tuple[int, ...]]:
     """The windows, each with its targets' last token."""
-    return [(*t, int(y[-1])) for tokens, targets in batches for t, y in zip(tokens.tolist(), targets, strict=True)]
+    return [(*t, int(y[-1])) for tokens, targets, _ in batches for t, y in zip(tokens.tolist(), targets, strict=True)]
 
 
 def windows(tokens: list[int]) -> list[tuple[int, ...]]:
@@ -61,7 +61,8 @@ def windows(tokens: list[int]) -> list[tuple[int, ...]]:
 def test_a_microbatch_is_two_int64_tensors_and_targets_are_the_next_tokens(store: TokenStore) -> None:
     batches = list(open_batches(store).microbatches(0))
     assert len(batches) == 6
-    for tokens, targets in batches:
+    for tokens, targets, n_bytes in batches:
+        assert n_bytes == target_bytes(targets)
         assert tokens.shape == targets.shape == (2, SEQ_LEN)
         assert tokens.dtype == targets.dtype == torch.int64
         assert tokens.is_contiguous()
@@ -108,7 +109,7 @@ def test_another_seed_is_another_order(store: TokenStore) -> None:
 def test_a_batch_belongs_to_its_taker(store: TokenStore) -> None:
     batches = open_batches(store)
     before = rows(batches.microbatches(0))
-    for tokens, targets in batches.microbatches(0):
+    for tokens, targets, _ in batches.microbatches(0):
         tokens.zero_()
         targets.zero_()
     assert rows(batches.microbatches(0)) == before
@@ -131,7 +132,7 @@ def test_ranks_validate_in_step_and_no_window_counts_twice(store: TokenStore, wo
         list(open_batches(store, global_batch=world, micro_batch=1, world=world, rank=rank).validation(wanted, 4))
         for rank in range(world)
     ]
-    shapes = [[tokens.shape for tokens, _ in batches] for batches in ranks]
+    shapes = [[tokens.shape for tokens, _, _ in batches] for batches in ranks]
     assert all(mine == shapes[0] for mine in shapes)
     seen = [row for batches in ranks for row in rows(batches)]
     assert len(seen) == max(min(wanted, 20) // world * world, world)
@@ -163,7 +164,7 @@ def test_special_targets_are_not_bytes() -> None:
 
 def test_the_targets_of_a_pass_are_all_bytes_but_the_end(store: TokenStore) -> None:
     batches = open_batches(store, global_batch=125, micro_batch=125)
-    assert sum(target_bytes(targets) for _, targets in batches.microbatches(0)) == TRAIN_BYTES
+    assert sum(n_bytes for _, _, n_bytes in batches.microbatches(0)) == TRAIN_BYTES
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

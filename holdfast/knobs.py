@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["PREFIX", "home", "ray_address", "set_knobs", "wandb_key"]
+__all__ = ["PREFIX", "home", "ray_address", "set_knobs", "wandb_key", "world_size"]
 
 PREFIX = "HOLDFAST_"
 
@@ -23,6 +23,11 @@ def ray_address() -> str | None:
 def wandb_key() -> str | None:
     """W&B's own ``WANDB_API_KEY``; without one the tracker stays offline (config key ``tracker.mode``)."""
     return os.environ.get("WANDB_API_KEY") or None
+
+
+def world_size() -> int:
+    """torchrun's own ``WORLD_SIZE``; 1 for a process that nobody has put into a group."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def set_knobs() -> dict[str, str]:

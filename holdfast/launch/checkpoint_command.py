@@ -24,7 +24,7 @@ from holdfast.launch.records import read_yaml
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import clean, size, table
 
-__all__ = ["checkpoint_command"]
+__all__ = ["checkpoint_command", "recorded_uri"]
 
 _DAMAGED = 1
 _REDRAW_S = 0.2
@@ -110,11 +110,11 @@ def _place(name: str | None, root: str | None) -> _Place:
     if name is not None and not (path / "run.json").is_file() and any(path.glob("*step-*")):
         return _Place("directory", str(path), open_storage(str(path)))
     run = find_run(name, root)
-    uri = _checkpoints_uri(run)
+    uri = recorded_uri(run)
     return _Place(f"run {run.run_id}", uri, open_storage(uri))
 
 
-def _checkpoints_uri(run: RunDir) -> str:
+def recorded_uri(run: RunDir) -> str:
     """In the run directory, unless the configuration of the newest attempt names another storage."""
     storage = read_yaml(run.config_file).get("snapshot.storage")
     return below(str(storage), run.path.parent.name, run.run_id) if storage else str(run.checkpoints)

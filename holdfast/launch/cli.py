@@ -219,6 +219,10 @@ def _named_run(config: RunConfig) -> str:
     return config.run_id or (config.resume if config.resume not in ("auto", "must", "never") else "")
 
 
+def _demo(words: Sequence[str]) -> int:
+    return _train(["experiment=demo", *words])
+
+
 def _plan(words: Sequence[str]) -> int:
     from holdfast.launch.plan_command import plan
 
@@ -250,6 +254,7 @@ class _Command:
 
 
 _COMMANDS: Mapping[str, _Command] = {
+    "demo": _Command("see a run lose a worker and go on: under a minute, needs nothing", _demo),
     "train": _Command("train a language model: GROUP=OPTION and KEY=VALUE say how", _train),
     "adapt": _Command("teach a frozen model one domain after the other; route and write with what it learned", _adapt),
     "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),

@@ -17,7 +17,7 @@ from holdfast.launch.records import read_yaml
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.wording import span
 
-__all__ = ["measured"]
+__all__ = ["measured", "read_records"]
 
 _SOON_S = 60.0
 """After a strike on purpose, at most: until a frozen process is given up."""
@@ -25,8 +25,8 @@ _SOON_S = 60.0
 
 def measured(run: RunDir) -> dict[str, Value]:
     """Everything the files of a run tell; what they do not tell is left out."""
-    steps = [record for record in _records(run.metrics_file) if _is_step(record)]
-    events = list(_records(run.events_file))
+    steps = [record for record in read_records(run.metrics_file) if _is_step(record)]
+    events = list(read_records(run.events_file))
     config = read_yaml(run.config_file)
     nodes = config.get("launch.nodes")
     found = _of_steps(steps)
@@ -138,7 +138,7 @@ def _posterior(prior_h: float, faults: int, injected: int, node_hours: float) ->
     )
 
 
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
+def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
     """JSON lines, without those that a kill has torn."""
     with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -41,7 +41,7 @@ def _documented(page: Path) -> Iterator[_Documented]:
     for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         lines = block.replace("\\\n", " ").splitlines()
         for number, line in enumerate(lines):
-            command = re.match(r"(?:\$ )?(?:.* -- )?holdfast (.*)", line)
+            command = re.match(r"(?:\$ )?(?:.* (?:--|&&) )?holdfast (.*)", line)
             if command:
                 errors = _errors_below(lines[number + 1 :])
                 yield _Documented(page.relative_to(_ROOT).as_posix(), _words(command[1]), errors)

@@ -57,8 +57,9 @@ def _errors_below(lines: Sequence[str]) -> list[str]:
 
 
 def _words(command: str) -> list[str]:
-    """Without the remark behind it and the dots that stand for more."""
-    return [word for word in shlex.split(command, comments=True) if word not in ("…", "...")]
+    """Without the remark behind it; dots that stand for more are left out, and those that stand for a name are one."""
+    words = [word for word in shlex.split(command, comments=True) if word not in ("…", "...")]
+    return [word.replace("…", "NAME") for word in words]
 
 
 _EVERY = [found for page in _PAGES for found in _documented(page)]
@@ -119,7 +120,8 @@ def test_a_documented_command_is_understood(
     try:
         code = cli.main(found.words)
     except _Composed as told:
-        validate.refuse_bad(_with_places(told.config, tmp_path))
+        if found.words[0] in ("train", "demo"):  # others complete the configuration themselves
+            validate.refuse_bad(_with_places(told.config, tmp_path))
     except _Parsed:
         pass
     else:

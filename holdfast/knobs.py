@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["PREFIX", "home", "ray_address", "set_knobs", "wandb_key", "world_size"]
+__all__ = ["PREFIX", "home", "import_path", "ray_address", "set_knobs", "wandb_key", "world_size"]
 
 PREFIX = "HOLDFAST_"
 
@@ -23,6 +23,12 @@ def ray_address() -> str | None:
 def wandb_key() -> str | None:
     """W&B's own ``WANDB_API_KEY``; without one the tracker stays offline (config key ``tracker.mode``)."""
     return os.environ.get("WANDB_API_KEY") or None
+
+
+def import_path() -> list[str]:
+    """Python's own ``PYTHONPATH``, for processes that are started."""
+    places = os.environ.get("PYTHONPATH", "")
+    return [place for place in places.split(os.pathsep) if place]
 
 
 def world_size() -> int:

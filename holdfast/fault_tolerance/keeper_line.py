@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from holdfast import knobs
 from holdfast.errors import ConfigurationError, SnapshotError
 from holdfast.fault_tolerance.arena import ArenaRef
 from holdfast.fault_tolerance.loop_keeper import Spec, peer_of
@@ -153,8 +154,7 @@ class KeeperLine:
 
 def _path() -> str:
     """Where ``holdfast`` is found, whatever the loop has done to its path, and then what was there before."""
-    package = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return os.pathsep.join([str(Path(__file__).resolve().parents[2]), *knobs.import_path()])
 
 
 def _connect(name: str) -> socket.socket | None:

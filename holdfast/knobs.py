@@ -13,6 +13,7 @@ __all__ = [
     "RayJob",
     "has_ray_token",
     "home",
+    "import_path",
     "ray_address",
     "ray_auth_mode",
     "ray_dashboard",
@@ -21,6 +22,7 @@ __all__ = [
     "set_knobs",
     "stop_grace_s",
     "wandb_key",
+    "world_size",
 ]
 
 PREFIX = "HOLDFAST_"
@@ -99,6 +101,17 @@ def stop_grace_s() -> float:
     """Default of config key ``recovery.stop_grace_s``: nine tenths of what Ray leaves a job, 60 s elsewhere."""
     waits_s = ray_stop_wait_s()
     return _STOP_GRACE_S if waits_s is None else round(_SHARE * waits_s, 3)
+
+
+def import_path() -> list[str]:
+    """Python's own ``PYTHONPATH``, for processes that are started."""
+    places = os.environ.get("PYTHONPATH", "")
+    return [place for place in places.split(os.pathsep) if place]
+
+
+def world_size() -> int:
+    """torchrun's own ``WORLD_SIZE``; 1 for a process that nobody has put into a group."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def set_knobs() -> dict[str, str]:

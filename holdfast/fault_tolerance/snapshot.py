@@ -24,12 +24,12 @@ from holdfast.fault_tolerance.staging import Control, Fence
 from holdfast.fault_tolerance.versions import copy_versions, find_version
 from holdfast.types import CopyReport, RankState
 
-__all__ = ["ArenaSnapshotter", "MemorySnapshotter", "Snapshotter", "copy_versions", "required_bytes"]
+__all__ = ["ArenaSnapshotter", "MemorySnapshotter", "RankSnapshotter", "copy_versions", "required_bytes"]
 
 logger = logging.getLogger(__name__)
 
 
-class Snapshotter(Protocol):
+class RankSnapshotter(Protocol):
     """Called in the training thread of one rank. Versions grow.
 
     ``has_room`` says whether a version could be taken, and keeps the room for the next offer; ranks that skip versions
@@ -74,7 +74,7 @@ _LAST_COPY_S = 5.0
 
 
 class ArenaSnapshotter:
-    """See :class:`Snapshotter`. Copies into memory that outlives this process; one object per membership epoch.
+    """See :class:`RankSnapshotter`. Copies into memory that outlives this process; one object per membership epoch.
 
     A thread of its own copies while the next step is computed, at low priority and at most ``max_bytes_per_s`` (0: as
     fast as it goes); once the training thread waits at the fence, only speed counts. A version becomes FILLED when
@@ -272,7 +272,7 @@ class ArenaSnapshotter:
 
 
 class MemorySnapshotter:
-    """See :class:`Snapshotter`. Keeps versions in this process, which therefore must live; never skips one."""
+    """See :class:`RankSnapshotter`. Keeps versions in this process, which therefore must live; never skips one."""
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[Bytes, bytes]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -222,82 +223,17 @@ def _named_run(config: RunConfig) -> str:
     return config.run_id or (config.resume if config.resume not in ("auto", "must", "never") else "")
 
 
-def _plan(words: Sequence[str]) -> int:
-    from holdfast.launch.plan_command import plan
-
-    return plan(words)
+def _demo(words: Sequence[str]) -> int:
+    return _train(["experiment=demo", *words])
 
 
-def _checkpoint(words: Sequence[str]) -> int:
-    from holdfast.launch.checkpoint_command import checkpoint_command
+def _in(module: str, function: str) -> Callable[[Sequence[str]], int]:
+    """A command that has a module of its own, which is loaded when the command is carried out."""
 
-    return checkpoint_command(words)
+    def run(words: Sequence[str]) -> int:
+        return int(getattr(importlib.import_module(f"holdfast.launch.{module}"), function)(words))
 
-
-def _export(words: Sequence[str]) -> int:
-    from holdfast.launch.export_command import export_command
-
-    return export_command(words)
-
-
-def _inject(words: Sequence[str]) -> int:
-    from holdfast.launch.inject_command import inject
-
-    return inject(words)
-
-
-def _adapt(words: Sequence[str]) -> int:
-    from holdfast.launch.adapt_command import adapt
-
-    return adapt(words)
-
-
-def _status(words: Sequence[str]) -> int:
-    from holdfast.launch.status_command import status
-
-    return status(words)
-
-
-def _events(words: Sequence[str]) -> int:
-    from holdfast.launch.events_command import events
-
-    return events(words)
-
-
-def _report(words: Sequence[str]) -> int:
-    from holdfast.launch.report_command import report
-
-    return report(words)
-
-
-def _watch(words: Sequence[str]) -> int:
-    from holdfast.launch.watch_command import watch
-
-    return watch(words)
-
-
-def _wandb_sync(words: Sequence[str]) -> int:
-    from holdfast.launch.wandb_sync_command import wandb_sync
-
-    return wandb_sync(words)
-
-
-def _dashboards(words: Sequence[str]) -> int:
-    from holdfast.launch.dashboards_command import dashboards
-
-    return dashboards(words)
-
-
-def _submit(words: Sequence[str]) -> int:
-    from holdfast.launch.submit_command import submit
-
-    return submit(words)
-
-
-def _doctor(words: Sequence[str]) -> int:
-    from holdfast.launch.doctor_command import doctor
-
-    return doctor(words)
+    return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,18 +243,41 @@ class _Command:
 
 
 _COMMANDS: Mapping[str, _Command] = {
+    "demo": _Command("see a run lose a worker and go on: under a minute, needs nothing", _demo),
     "train": _Command("train a language model: GROUP=OPTION and KEY=VALUE say how", _train),
-    "adapt": _Command("teach a frozen model one domain after the other; route and write with what it learned", _adapt),
-    "status": _Command("tell the state of a run, what protects it and what it has lost", _status),
-    "events": _Command("tell what has happened in a run, or is happening", _events),
-    "report": _Command("write what happened in a run as one HTML file and as Markdown", _report),
-    "watch": _Command("show a run live in the terminal", _watch),
-    "plan": _Command("advise how often to save; say what is survived and what is left for training", _plan),
-    "checkpoint": _Command("list and verify the checkpoints of a run, export weights from one", _checkpoint),
-    "submit": _Command("run a training as a Ray job, watch it and end with its exit code", _submit),
-    "doctor": _Command("check this machine, its Ray and a run for what would stop a training", _doctor),
-    "export": _Command("write what a run has trained as a folder for transformers or PEFT", _export),
-    "inject": _Command("break something in a run that is going on, to see it recover", _inject),
-    "wandb-sync": _Command("replay a run's files to W&B: one W&B run of all attempts", _wandb_sync),
-    "dashboards": _Command("write a Grafana dashboard and Prometheus alerts for runs on Ray", _dashboards),
+    "adapt": _Command(
+        "teach a frozen model one domain after the other; route and write with what it learned",
+        _in("adapt_command", "adapt"),
+    ),
+    "status": _Command(
+        "tell the state of a run, what protects it and what it has lost", _in("status_command", "status")
+    ),
+    "events": _Command("tell what has happened in a run, or is happening", _in("events_command", "events")),
+    "report": _Command(
+        "write what happened in a run as one HTML file and as Markdown", _in("report_command", "report")
+    ),
+    "watch": _Command("show a run live in the terminal", _in("watch_command", "watch")),
+    "plan": _Command(
+        "advise how often to save; say what is survived and what is left for training", _in("plan_command", "plan")
+    ),
+    "checkpoint": _Command(
+        "list and verify the checkpoints of a run, export weights from one",
+        _in("checkpoint_command", "checkpoint_command"),
+    ),
+    "submit": _Command(
+        "run a training as a Ray job, watch it and end with its exit code", _in("submit_command", "submit")
+    ),
+    "doctor": _Command(
+        "check this machine, its Ray and a run for what would stop a training", _in("doctor_command", "doctor")
+    ),
+    "export": _Command(
+        "write what a run has trained as a folder for transformers or PEFT", _in("export_command", "export_command")
+    ),
+    "inject": _Command("break something in a run that is going on, to see it recover", _in("inject_command", "inject")),
+    "wandb-sync": _Command(
+        "replay a run's files to W&B: one W&B run of all attempts", _in("wandb_sync_command", "wandb_sync")
+    ),
+    "dashboards": _Command(
+        "write a Grafana dashboard and Prometheus alerts for runs on Ray", _in("dashboards_command", "dashboards")
+    ),
 }

@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 import traceback
@@ -26,6 +27,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from holdfast.launch.fleet import Address, Completion, Draining, Lost, Report, Role
@@ -182,7 +184,8 @@ class ProcessFleet:
                 signal.pthread_sigmask(signal.SIG_BLOCK, _WISHES)
                 resource_tracker.ensure_running()  # an heir, too; Python unblocks SIGINT and SIGTERM behind its back
                 signal.pthread_sigmask(signal.SIG_BLOCK, _WISHES)
-                process.start()
+                with _without_the_users_script():
+                    process.start()
         except (EOFError, OSError) as error:  # the server has ended; the next start makes a new one
             logger.warning("%s could not be started: %r", process.name, error)
         finally:
@@ -262,6 +265,20 @@ class ProcessFleet:
                     _end(process, max(0.0, end - time.monotonic()))
         self._leaving.clear()
         atexit.unregister(self.close)
+
+
+@contextlib.contextmanager
+def _without_the_users_script() -> Iterator[None]:
+    """multiprocessing lets a new process import the file that is ``__main__`` here. Nothing of it is needed there, and
+    a script that calls ``holdfast.train`` without asking for its name would train again in every process."""
+    main = sys.modules["__main__"]
+    stand_in = ModuleType("__main__")
+    stand_in.__dict__.update({key: value for key, value in vars(main).items() if key not in ("__file__", "__spec__")})
+    sys.modules["__main__"] = stand_in
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _limit_waiting(pipe: Connection) -> None:

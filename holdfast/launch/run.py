@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ from holdfast.launch.fleet import Fleet
 from holdfast.launch.metrics_export import MetricsExport
 from holdfast.launch.records import JsonlEvents, last_step
 from holdfast.launch.report_command import write_report
+from holdfast.launch.result import Result
 from holdfast.launch.resume import Opening, checkpoints_uri, open_run
 from holdfast.launch.run_dir import RunDir
 from holdfast.launch.run_metrics import RunMetrics
@@ -68,27 +69,23 @@ _QUICKLY_REPORTED_BYTES = 64 << 20
 """Of metrics, at most, for a run to write its report itself: some seconds, and a few hundred MB of memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a run ended and where it is."""
+def train(config: RunConfig | Sequence[str] = ()) -> Result:
+    """Train as ``holdfast train`` would; from a script or a notebook, in any thread, inside a running event loop too.
 
-    outcome: str
-    """finished, stopped, failed."""
-    exit_code: int
-    step: int
-    """Steps finished and, unless it failed, saved."""
-    reason: str
-    run_dir: Path
-    findings: Mapping[str, object] = field(default_factory=dict)
-    """What a finished run has to show: bits_per_byte, text, weights."""
-
-
-def train(config: RunConfig) -> Result:
-    """Train as ``holdfast train`` would; from a script or a notebook.
+    ``config`` is a list of the words that ``holdfast train`` takes, ``["model=10m", "trainer.max_steps=2000"]``, or a
+    ``RunConfig``. In the main thread Ctrl-C and SIGTERM stop the run at the next step boundary; in another one they are
+    the caller's. A script needs no ``if __name__ == "__main__"``.
 
     Raises: ConfigurationError with every mistake, before anything has started.
     """
-    return run(config, overrides=(), command=("holdfast.train",))
+    if isinstance(config, RunConfig):
+        return run(config, overrides=(), command=("holdfast.train",))
+    if isinstance(config, str):
+        raise ConfigurationError(f"holdfast.train({config!r}) takes a list of words: holdfast.train([{config!r}])")
+    from holdfast.launch.compose import compose_config  # Hydra, for those who use its words
+
+    words = list(config)
+    return run(compose_config(words), overrides=words, command=("holdfast", "train", *words))
 
 
 def run(config: RunConfig, *, overrides: Sequence[str], command: Sequence[str]) -> Result:

@@ -21,10 +21,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def _run(*command: str) -> str:
+_IN_A_NOTEBOOK = """
+import asyncio, runpy, sys, threading
+sys.argv[0] = sys.argv.pop(1)
+
+async def cell():
+    runpy.run_path(sys.argv[0])
+
+thread = threading.Thread(target=asyncio.run, args=(cell(),))
+thread.start()
+thread.join()
+"""
+
+
+def _run(*command: str, timeout_s: float = 55) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=55, env=environment, check=False
+        [sys.executable, *command], capture_output=True, text=True, timeout=timeout_s, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -52,3 +65,24 @@ def test_deepspeed_shards_the_state(stage: str, tmp_path: Path) -> None:
     script.write_text(_WITHOUT_COMPILING)
     output = _launch(str(script), str(_EXAMPLES / "adamw8bit_deepspeed.py"), "--stage", stage, "--steps", "10")
     assert f"ZeRO {stage}: loss" in output and "state on this rank: 1.03 bytes per parameter" in output
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("way", ["a script", pytest.param("a notebook", marks=pytest.mark.slow)])
+def test_train_from_python_recovers_and_tells_it(way: str, tmp_path: Path) -> None:
+    """The script asks nobody for its name; the notebook runs it beside a loop, in a thread that gets no signals."""
+    example = str(_EXAMPLES / "train_from_python.py")
+    before = () if way == "a script" else ("-c", _IN_A_NOTEBOOK)
+    output = _run(*before, example, str(tmp_path), timeout_s=380)
+    assert "Result(finished at step 16, exit code 0" in output
+    assert len(re.findall("^recovered in", output, re.MULTILINE)) == 1
+    assert Path(re.findall("^checkpoint: (.*)", output, re.MULTILINE)[0]).name == "step-00000016"
+    assert Path(re.findall("^weights: (.*)", output, re.MULTILINE)[0]).is_file()
+
+
+def test_every_example_is_listed_and_run() -> None:
+    """own_loop.py is run, and killed, in test_own_loop.py."""
+    scripts = {path.name for path in _EXAMPLES.glob("*.py")}
+    listed = set(re.findall(r"^- \[(\w+\.py)\]", (_EXAMPLES / "README.md").read_text(), re.MULTILINE))
+    run = set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text()))
+    assert scripts == listed and scripts - run == {"own_loop.py"}

@@ -94,9 +94,10 @@ def test_root_modules_and_options_load_the_standard_library_only(module: str) ->
     assert loaded - set(sys.stdlib_module_names) - _present_at_start() == {"holdfast"}
 
 
-def test_a_keeper_process_does_not_load_torch() -> None:
+@pytest.mark.parametrize("module", ["holdfast.launch.hosts", "holdfast.fault_tolerance.loop_keeper"])
+def test_a_keeper_process_does_not_load_torch(module: str) -> None:
     """It has to start at once and to be small; workers bring torch."""
-    assert _loaded_by("holdfast.launch.hosts", blocked=[]) & {"torch", *_HEAVY} == set()
+    assert _loaded_by(module, blocked=[]) & {"torch", *_HEAVY} == set()
 
 
 def test_every_public_name_exists() -> None:

@@ -18,7 +18,7 @@ from holdfast.fault_tolerance.buffer import BufferState, Bytes
 from holdfast.fault_tolerance.snapshot import (
     ArenaSnapshotter,
     MemorySnapshotter,
-    Snapshotter,
+    RankSnapshotter,
     copy_versions,
     required_bytes,
 )
@@ -33,7 +33,7 @@ from tests.support.snapshots import AtOnce, bytes_of, expected_bytes, filled_sta
 class Subject:
     """A snapshotter and a way to look into what it has stored."""
 
-    snapshots: Snapshotter
+    snapshots: RankSnapshotter
     versions: Callable[[], list[int]]
     stored: Callable[[int], Bytes]
 

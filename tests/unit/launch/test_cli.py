@@ -84,7 +84,8 @@ def test_the_module_is_the_command() -> None:
 
 
 _COMMANDS = (
-    "train, adapt, status, events, report, watch, plan, checkpoint, submit, doctor, inject, wandb-sync, dashboards"
+    "demo, train, adapt, status, events, report, watch, plan, checkpoint, submit, doctor, export, inject, wandb-sync, "
+    "dashboards"
 )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "PreemptionNoticed",
     "Protection",
     "ProtectionFailed",
+    "RankLate",
     "RecoveryDone",
     "RecoveryPlanned",
     "RunEnded",
@@ -96,6 +97,17 @@ class FaultDetected(Event):
     """Seconds since the last sign of life of the first rank lost."""
     is_preemption: bool = False
     """It was announced, see :class:`PreemptionNoticed`, and is no failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankLate(Event):
+    """The others wait for a rank that is alive, unusually long. It is no fault yet."""
+
+    rank: int
+    phase: str
+    step: int
+    """Steps finished."""
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

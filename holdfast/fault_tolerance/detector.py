@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from holdfast.fault_tolerance.messages import BeatSeen
 from holdfast.types import Phase
 
-__all__ = ["Limits", "Suspect", "suspects"]
+__all__ = ["Limits", "Suspect", "blame", "suspects"]
 
 _WAITS_FOR_OTHERS = frozenset({Phase.JOIN, Phase.VOTE})
 """Phases in which a healthy rank stands still because another one does."""
@@ -45,13 +45,13 @@ def suspects(beats: Iterable[BeatSeen], now: float, limits: Limits) -> list[Susp
     frozen = [beat for beat in seen if now - beat.beat_s > limits.suspect_after_s]
     if frozen:
         return [_frozen(beat, now) for beat in sorted(frozen, key=lambda b: (b.beat_s, b.rank))]
-    slowest = min(seen, key=_blame, default=None)
+    slowest = min(seen, key=blame, default=None)
     if slowest is None or now - slowest.progress_s <= limits.step_timeout_s:
         return []
     return [_stuck(slowest, now)]
 
 
-def _blame(beat: BeatSeen) -> tuple[bool, int, float, int]:
+def blame(beat: BeatSeen) -> tuple[bool, int, float, int]:
     """Smallest first: not waiting for others, then behind in steps, then longest without progress."""
     return beat.phase in _WAITS_FOR_OTHERS, beat.step, beat.progress_s, beat.rank
 

@@ -14,6 +14,7 @@ from holdfast.configs.schema import RunConfig
 from holdfast.events import EventSink, ProtectionFailed, RecoveryDone, StagesMeasured
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.bricks import Brick
+from holdfast.fault_tolerance.laggards import Laggards
 from holdfast.fault_tolerance.lanes import Roster
 from holdfast.fault_tolerance.machine import Layout, State, Supervisor
 from holdfast.fault_tolerance.policy import DO_NOT_RESTART
@@ -103,6 +104,7 @@ class Conductor:
         self._save = LastSave(durable, self._persist_newest)
         self._rebuilt: tuple[int, ...] = ()
         """Ranks of stages that the epoch which starts makes from others."""
+        self._laggards = Laggards(config.recovery.suspect_after_s)
         self._hosts = list(layout.hosts)
         self._listened_s = clock.now()
         self._striker = Striker(
@@ -209,6 +211,9 @@ class Conductor:
             end = now + self._config.recovery.step_timeout_s
             self._durable.persist_if_due(self._pulse.versions, self._calls, self._keeper_of, deadline_s=end)
             self._striker.strike_due(self._newest_step(), now)
+            late = self._laggards.look(beats.values(), now)
+            if late is not None:
+                self._events.emit(late)
         self._striker.listen(self._newest_step(), now)
         self._notes.fetch_if_due(self._crew.workers_of_ranks.get(0), now)
 

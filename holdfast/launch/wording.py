@@ -165,6 +165,12 @@ def _injected(event: e.FaultInjected, at: str) -> Iterator[str]:
     yield f"CHAOS {at} step {event.step:,}, on purpose: {event.source}"
 
 
+def _late(event: e.RankLate, at: str) -> Iterator[str]:
+    since = duration(event.seconds)
+    yield f"SLOW  {at} rank {event.rank} has been in {event.phase} for {since}, after step {event.step:,}"
+    yield f"{_INDENT}its log, logs/rank{event.rank:05d}.attempt*.log, says where its threads are"
+
+
 def _planned(event: e.RecoveryPlanned, at: str) -> Iterator[str]:
     if event.number == 0:  # no fault came before: an earlier attempt is continued
         yield f"START {at} resume from step {event.version:,} ({event.source}): {event.reason}"
@@ -291,6 +297,7 @@ def _stop(event: e.StopRequested, at: str) -> Iterator[str]:
 _WORDS: Mapping[type[e.Event], Callable[[Any, str], Iterator[str]]] = {
     e.FaultDetected: _fault,
     e.FaultInjected: _injected,
+    e.RankLate: _late,
     e.RecoveryPlanned: _planned,
     e.RecoveryDone: _done,
     e.Waiting: _waiting,

@@ -33,6 +33,7 @@ _EVERY = [
     e.StageRebuilt(1, 4, "checkfree", [0, 2], 0.5, 100),
     e.StageHealed(1, 4, 10, 0.5, None, "too few"),
     e.StagesMeasured(4, {"0": 0.25}),
+    e.RankLate(1, "vote", 40, 12.5),
     e.PreemptionNoticed(1, "10.0.0.7", None, "spot"),
     e.BricksHeld(2, 100, {"0": 60}, 100, 40, 20, {"0": 10}),
     e.BricksRestored(1, {"/base": "ab"}, 100, "gone"),

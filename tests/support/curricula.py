@@ -23,6 +23,7 @@ from holdfast.trainer.model import Decoder, initialise
 __all__ = ["MODEL", "TARGETS", "config_of", "make_curriculum"]
 
 MODEL = ModelConfig(d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, max_seq_len=24)
+_SIZES = {key: value for key, value in asdict(MODEL).items() if key not in ("kind", "path", "init", "options")}
 TARGETS = ["wq", "wo"]
 
 
@@ -43,7 +44,7 @@ def make_curriculum(
     torch.manual_seed(0)
     learned = [_learned(base, curriculum, root, f"t{number}", texts or {}, steps) for number in range(tasks)]
     about = {"method": method, "options": options, "target_modules": TARGETS, "nf4": False}
-    curriculum.write(Record(model=asdict(MODEL), adapter=about, base=digest, base_bytes=1, learned=learned))
+    curriculum.write(Record(model=_SIZES, adapter=about, base=digest, base_bytes=1, learned=learned))
     return curriculum
 
 

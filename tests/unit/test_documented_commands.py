@@ -19,6 +19,7 @@ import pytest
 from holdfast.configs import validate
 from holdfast.configs.schema import RunConfig
 from holdfast.launch import cli, compose
+from holdfast.trainer.config import DataSource, ModelConfig, ModelKind
 
 _ROOT = Path(__file__).parents[2]
 _PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md")), *sorted((_ROOT / "examples").glob("*.md"))]
@@ -102,6 +103,8 @@ def _with_places(config: RunConfig, tmp_path: Path) -> RunConfig:
     """What the pages name does not exist here."""
     text = tmp_path / "text.txt"
     text.write_text("some text")
+    if config.model.kind is not ModelKind.DECODER or config.data.source is DataSource.HF:
+        config = replace(config, model=ModelConfig(), data=replace(config.data, tokenizer="", source=DataSource.TEXT))
     data = replace(config.data, path=str(text)) if config.data.path else config.data
     adapter = replace(config.adapter, base=str(text)) if config.adapter.base else config.adapter
     return replace(config, root=str(tmp_path), data=data, adapter=adapter)

@@ -219,7 +219,7 @@ def test_lists_are_lists_and_nothing_of_omegaconf_is_left() -> None:
         ("optim.options=null", "optim.options=null must be names with values, for example {nesterov: true}"),
         ("optim.option.nesterov=true", "optim.option.nesterov is not an option; did you mean optim.options?"),
         ("optim.options.a.b=3", "optim.options.a.b is not an option; did you mean optim.options?"),
-        ("experiment=null", "experiment=null does not exist; choose one of main_job"),
+        ("experiment=null", "experiment=null does not exist; choose one of demo, main_job"),
         ("experiment=main_jobb", "experiment=main_jobb does not exist; did you mean experiment=main_job?"),
         ("+experiment=main_job", "+experiment=main_job: write experiment=…"),
         ("+seed=1", "+seed=1: seed exists; leave out the +"),

@@ -869,6 +869,7 @@ def test_a_notice_is_told_before_the_move_that_it_causes_and_the_newest_version_
     assert [event.node for event in run.events.of(PreemptionNoticed)] == [1]
 
 
+@pytest.mark.parametrize("method", ["attach", "inventory"])
 def test_a_run_that_is_stopped_while_it_starts_has_nothing_to_save(run: _Run, method: str) -> None:
     late = _worker(1) if method == "attach" else _keeper(1)
     run.fleet.held_back.add((late, method))

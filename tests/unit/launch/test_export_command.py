@@ -19,6 +19,7 @@ from holdfast.launch.run_dir import RunDir
 from holdfast.trainer.adapting import AdapterTask, find_bricks
 from holdfast.trainer.config import AdapterConfig, ModelConfig, ModelKind
 from holdfast.trainer.export import export_weights
+from holdfast.trainer.frozen import Frozen
 from holdfast.trainer.model import Decoder
 from holdfast.trainer.models import model_of
 from tests.support.hf_models import hf_config, transformers, write_model
@@ -120,7 +121,7 @@ def _adapter_run(root: Path, method: str, model: ModelConfig = _TINY) -> tuple[R
         task="law",
         target_modules=["all-linear"],
     )
-    task = AdapterTask(config, model, 5, find_bricks(config).base, list)
+    task = AdapterTask(config, model, 5, Frozen(find_bricks(config).files), list)
     begun = task.begin(torch.device("cpu"))
     trained = {
         name: torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05

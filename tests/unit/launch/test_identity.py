@@ -76,6 +76,7 @@ def test_the_free_keys_are_pinned() -> None:
         *("parallel.pipeline", "parallel.schedule", "parallel.chunks", "parallel.blocks"),
         *("adapter.base", "adapter.tasks", "adapter.seen", "adapter.domains", "adapter.rounds", "adapter.least_gain"),
         *("adapter.directions", "adapter.protected_directions", "adapter.router_prompts", "adapter.in_memory"),
+        *("model.path", "data.tokenizer", "data.split"),
     }
 
 

@@ -19,7 +19,11 @@ from holdfast.trainer import sizing
 from holdfast.trainer.config import ModelConfig
 from holdfast.trainer.model import Decoder
 
-_PRESETS = sorted((Path(holdfast.configs.__path__[0]) / "model").glob("*.yaml"))
+_PRESETS = [
+    path
+    for path in sorted((Path(holdfast.configs.__path__[0]) / "model").glob("*.yaml"))
+    if path.stem not in ("hf", "module")  # which have no size of their own
+]
 _SMALL = ModelConfig(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=40, max_seq_len=16)
 
 

@@ -24,6 +24,7 @@ from holdfast.trainer.readers import Piece
 from holdfast.trainer.split import Split
 from holdfast.trainer.token_store import TokenStore
 from holdfast.trainer.token_writer import StoreWriter, remove_abandoned, write_store
+from holdfast.trainer.vocabulary import vocabulary_of
 
 TEXTS = {f"{i:02d}.txt": f"this is text number {i}\n".encode() * (i + 1) for i in range(20)}
 
@@ -205,7 +206,7 @@ def test_the_digest_knows_where_a_document_ends(tmp_path: Path) -> None:
 
 def test_another_interpreter_has_another_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def key() -> str:
-        return corpus._key(DataConfig(), sources.find_source(DataConfig()))
+        return corpus._key(DataConfig(), sources.find_source(DataConfig()), vocabulary_of(DataConfig()))
 
     before = key()
     assert key() == before

@@ -104,7 +104,8 @@ def _with_places(config: RunConfig, tmp_path: Path) -> RunConfig:
     text = tmp_path / "text.txt"
     text.write_text("some text")
     if config.model.kind is not ModelKind.DECODER or config.data.source is DataSource.HF:
-        config = replace(config, model=ModelConfig(), data=replace(config.data, tokenizer="", source=DataSource.TEXT))
+        data = replace(config.data, tokenizer="", split="", path=str(text), source=DataSource.TEXT)
+        config = replace(config, model=ModelConfig(), data=data)
     data = replace(config.data, path=str(text)) if config.data.path else config.data
     adapter = replace(config.adapter, base=str(text)) if config.adapter.base else config.adapter
     return replace(config, root=str(tmp_path), data=data, adapter=adapter)

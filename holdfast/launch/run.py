@@ -19,6 +19,7 @@ from holdfast import knobs
 from holdfast.clock import SystemClock
 from holdfast.configs import layout as layouts
 from holdfast.configs import validate
+from holdfast.configs.memory import keeper_limit_bytes
 from holdfast.configs.plain import to_plain
 from holdfast.configs.protection import parity_ratio, protection_groups
 from holdfast.configs.schema import LaunchKind, RunConfig
@@ -368,7 +369,7 @@ class _Drive:
             },
             keeper={
                 "run_tag": self._tag(self._attempt),
-                "limit_bytes": max(validate.keeper_limit_bytes(config, validate.this_host()) - frozen, 0),
+                "limit_bytes": max(keeper_limit_bytes(config, validate.this_host()) - frozen, 0),
                 "buffers": config.snapshot.buffers,
                 "lease_s": config.recovery.lease_s,
                 "token": secrets.token_hex(16),

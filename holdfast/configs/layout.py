@@ -1,4 +1,4 @@
-"""How the ranks of a configuration are laid out, and what a pipeline and its repair must obey. Pure; no torch."""
+"""How the ranks of a configuration are laid out, and what batch, pipeline and repair must obey. Pure; no torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from holdfast.trainer.models import model_of
 from holdfast.types import Precision
 
 __all__ = [
+    "batch_problems",
     "pipeline_plan",
     "pipeline_problems",
     "replicas_every",
@@ -31,6 +32,38 @@ def world(config: RunConfig) -> int:
 def replicas_of(config: RunConfig) -> int:
     """Ranks that see different samples; 0 for none."""
     return replicas(config.parallel, world(config)) if world(config) > 0 else 0
+
+
+def batch_problems(config: RunConfig) -> Iterator[str]:
+    batch, micro, count = config.trainer.global_batch, config.trainer.micro_batch, replicas_of(config)
+    if min(batch, micro, count) < 1:
+        return  # reported already
+    who = "ranks" if config.parallel.pipeline <= 1 else "replicas of the pipeline"
+    unit = micro * count
+    if batch % unit:
+        near = [str(near) for near in (batch - batch % unit, batch - batch % unit + unit) if near]
+        advice = f"try trainer.global_batch={' or '.join(near)}"
+        if batch % count == 0:
+            fitting = max(size for size in range(1, micro + 1) if batch // count % size == 0)
+            advice += f", or trainer.micro_batch={fitting}"
+        else:
+            advice += f"; a run that is continued keeps its batch: give it {_fitting_worlds(batch, count)} {who}"
+        yield (
+            f"trainer.global_batch={batch} must be a multiple of trainer.micro_batch x {who} = "
+            f"{micro} x {count} = {unit}; {advice}"
+        )
+    if config.trainer.eval_windows < count:
+        yield (
+            f"trainer.eval_windows={config.trainer.eval_windows} must be at least the number of {who}, {count}: "
+            f"each evaluates equally many; try trainer.eval_windows={4 * count}"
+        )
+
+
+def _fitting_worlds(batch: int, world: int) -> str:
+    """The nearest numbers of ranks that divide the batch, below and above."""
+    below = max(n for n in range(1, world + 1) if batch % n == 0)
+    above = next((n for n in range(world, batch + 1) if batch % n == 0), below)
+    return str(below) if above == below else f"{below} or {above}"
 
 
 def pipeline_problems(config: RunConfig) -> Iterator[str]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from holdfast import knobs
-from holdfast.configs import layout, validate
+from holdfast.configs import layout
+from holdfast.configs.memory import state_bytes
 from holdfast.configs.protection import brick_bytes
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.launch.identity import versions
@@ -117,5 +118,5 @@ def _pipeline(config: RunConfig) -> str:
 
 
 def _memory(config: RunConfig) -> str:
-    state = validate.state_bytes(config)
+    state = state_bytes(config)
     return f"state {size(state)}/rank; snapshots {config.snapshot.buffers} x {size(state)} per rank in the keepers"

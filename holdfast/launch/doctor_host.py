@@ -11,6 +11,7 @@ from pathlib import Path
 
 from holdfast import knobs
 from holdfast.configs import validate
+from holdfast.configs.memory import state_bytes
 from holdfast.configs.schema import LaunchKind, RunConfig
 from holdfast.errors import ConfigurationError
 from holdfast.launch.finding import BAD, OK, WARN, Finding
@@ -103,7 +104,7 @@ def _configuration(config: RunConfig) -> Iterator[Finding]:
     for problem in problems:
         yield Finding(BAD, "options", problem)
     if not problems:
-        state = size(validate.state_bytes(config))
+        state = size(state_bytes(config))
         yield Finding(
             OK, "options", f"may start here: {state} of state per rank, {size(host.free_bytes)} of memory free"
         )
@@ -111,7 +112,7 @@ def _configuration(config: RunConfig) -> Iterator[Finding]:
 
 def _root(config: RunConfig) -> Iterator[Finding]:
     ranks = config.launch.nodes * config.launch.workers_per_node
-    need = 0 if validate.check(config, validate.this_host()) else validate.state_bytes(config) * ranks
+    need = 0 if validate.check(config, validate.this_host()) else state_bytes(config) * ranks
     problems = root_problems(config.root, need_bytes=need * (config.snapshot.keep_last + 1))
     for problem in problems:
         yield Finding(BAD, "root", problem)

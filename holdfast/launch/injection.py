@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from holdfast.configs.chaos_rules import never_happens
 from holdfast.configs.schema import RunConfig
-from holdfast.configs.validate import never_happens
 from holdfast.errors import ConfigurationError
 from holdfast.events import EventSink, FaultInjected
 from holdfast.fault_tolerance import chaos

@@ -22,10 +22,10 @@ from holdfast.configs.schema import RunConfig
 from holdfast.events import Event, FaultDetected
 from holdfast.fault_tolerance.manifest import Manifest
 from holdfast.launch import compose
-from holdfast.launch import run as run_module
 from holdfast.launch.cli import main
 from holdfast.launch.curriculum import Curriculum
 from holdfast.launch.run import Result, train
+from holdfast.launch.sinks import Sinks
 from holdfast.optim.config import OptimName
 from holdfast.trainer.adapting import adapted_base
 from holdfast.trainer.config import AdapterConfig, DataSource, ModelConfig
@@ -153,16 +153,16 @@ def _lost_with_a_fault(
     monkeypatch: pytest.MonkeyPatch, config: RunConfig, harm: Callable[[Path], None], paths: Sequence[Path]
 ) -> Result:
     """The run, whose files are harmed when a fault is detected and before anybody has come back from it."""
-    emit = run_module._Sinks.emit
+    emit = Sinks.emit
 
-    def harmful(sinks: run_module._Sinks, event: Event) -> None:
+    def harmful(sinks: Sinks, event: Event) -> None:
         if isinstance(event, FaultDetected):
             for path in paths:
                 harm(path)
         emit(sinks, event)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_module._Sinks, "emit", harmful)
+        patched.setattr(Sinks, "emit", harmful)
         return train(config)
 
 

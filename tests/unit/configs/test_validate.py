@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from holdfast.configs import validate
+from holdfast.configs import host, validate
 from holdfast.configs.adapter_rules import frozen_files
 from holdfast.configs.layout import stage_facts
+from holdfast.configs.memory import keeper_limit_bytes, state_bytes
 from holdfast.configs.protection import fewer_nodes
 from holdfast.configs.schema import LaunchKind, RunConfig
-from holdfast.configs.validate import Host, check, keeper_limit_bytes, refuse_bad, state_bytes
+from holdfast.configs.validate import Host, check, refuse_bad
 from holdfast.errors import ConfigurationError
 from holdfast.fault_tolerance.stage_policy import MomentRepair, Repair, StageFacts
 from holdfast.optim.config import OptimName
@@ -549,19 +550,19 @@ def test_keepers_on_one_host_share_half_of_what_is_free() -> None:
 def test_a_container_offers_no_more_than_its_limit(
     tmp_path: Path, folder: str, limit: str, used: str, cache: str
 ) -> None:
-    assert validate._container_free_bytes(tmp_path) == float("inf")
+    assert host._container_free_bytes(tmp_path) == float("inf")
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / folder / limit).write_text("1000\n")
     (tmp_path / folder / used).write_text("700\n")
     (tmp_path / folder / "memory.stat").write_text(f"anon 5\n{cache} 200\n")
-    assert validate._container_free_bytes(tmp_path) == 500
+    assert host._container_free_bytes(tmp_path) == 500
     (tmp_path / folder / used).write_text("1700\n")
-    assert validate._container_free_bytes(tmp_path) == 0
+    assert host._container_free_bytes(tmp_path) == 0
 
 
 def test_a_container_without_a_limit_offers_everything(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
-    assert validate._container_free_bytes(tmp_path) == float("inf")
+    assert host._container_free_bytes(tmp_path) == float("inf")
 
 
 def test_checking_loads_neither_torch_nor_hydra() -> None:

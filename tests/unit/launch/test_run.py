@@ -6,13 +6,11 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
 from holdfast.errors import ConfigurationError
-from holdfast.launch import run
+from holdfast.launch import farewell, run
 from holdfast.launch.conductor import Verdict
 from holdfast.launch.process_fleet import ProcessFleet
 from tests.support.runs import tiny_config, write_corpus
@@ -45,11 +43,11 @@ from tests.support.told import Told, story
 def test_the_command_to_type_next_means_the_same_run(
     words: Sequence[str], overrides: Sequence[str], changes: Mapping[str, str], says: str
 ) -> None:
-    assert run._with_changes(["holdfast", "train", *words], overrides, changes) == says
+    assert farewell._with_changes(["holdfast", "train", *words], overrides, changes) == says
 
 
 def test_a_run_that_python_code_has_started_has_no_command() -> None:
-    assert run._with_changes(["holdfast.train"], [], {"run_id": "r-1"}) == "the same configuration with run_id=r-1"
+    assert farewell._with_changes(["holdfast.train"], [], {"run_id": "r-1"}) == "the same configuration with run_id=r-1"
 
 
 @pytest.mark.parametrize(
@@ -63,23 +61,19 @@ def test_a_run_that_python_code_has_started_has_no_command() -> None:
 )
 def test_what_is_saved_is_what_is_on_disk(step: int, saved: int | None, says: Mapping[str, str]) -> None:
     verdict = Verdict("finished", 0, "", step, faults=0, steps_lost=0, findings={}, saved=saved)
-    assert run._what_is_saved(verdict) == says
-
-
-def _report_of(told: Told) -> dict[str, str]:
-    return run._Drive._report(cast(Any, SimpleNamespace(_run_dir=told.dir)))
+    assert farewell.what_is_saved(verdict) == says
 
 
 def test_a_run_writes_its_report_at_the_end(tmp_path: Path) -> None:
     for told in (story(tmp_path), Told(tmp_path, "failed-before-a-step").attempt()):
-        assert _report_of(told) == {"report": f"{told.dir.path}/report.html"}
+        assert farewell.report(told.dir) == {"report": f"{told.dir.path}/report.html"}
         assert (told.dir.path / "report.html").exists() and (told.dir.path / "report.md").exists()
 
 
 def test_a_report_that_would_take_long_is_left_to_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_QUICKLY_REPORTED_BYTES", 100)
+    monkeypatch.setattr(farewell, "_QUICKLY_REPORTED_BYTES", 100)
     told = story(tmp_path)
-    assert _report_of(told) == {"report": f"holdfast report {told.dir.path}"}
+    assert farewell.report(told.dir) == {"report": f"holdfast report {told.dir.path}"}
     assert not (told.dir.path / "report.html").exists()
 
 
@@ -89,7 +83,7 @@ def test_a_report_that_cannot_be_written_costs_the_run_nothing(
     told = story(tmp_path)
     (told.dir.path / "report.html").mkdir()
     with caplog.at_level(logging.ERROR, "holdfast"):
-        assert _report_of(told) == {}
+        assert farewell.report(told.dir) == {}
     assert "the report was not written" in caplog.text
 
 

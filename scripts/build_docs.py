@@ -4,6 +4,7 @@ What links to each other on disk links to each other on the site, since everythi
 """
 
 import ast
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ GUIDES = (
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.WARNING)  # else a warning ends the build without a word
     os.chdir(ROOT)
     _gather()
     nav = [{"Holdfast": "README.md"}, *_guides(), *_decisions(), {"Reference": list(_reference())}, *_rest()]

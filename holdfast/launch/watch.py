@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import logging
+import sys
 import threading
 import time
+import traceback
 
 from holdfast.errors import Abort
 from holdfast.fault_tolerance.board import Beat, Board
@@ -17,8 +17,6 @@ __all__ = ["BoardWatcher", "Heart", "StuckWitness"]
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.002
-_STDERR = 2
-"""The rank's log."""
 
 
 class StuckWitness:
@@ -43,9 +41,16 @@ class StuckWitness:
         is_at_work = beat.phase not in (Phase.IDLE, Phase.PARKED)
         if is_at_work and not self._has_told and lasts_s > max(self._least_s, 2 * self._longest_s):
             self._has_told = True
-            logger.warning("rank %d has been in %s for %.0f s; its threads:", beat.rank, beat.phase.name, lasts_s)
-            with contextlib.suppress(OSError, ValueError):  # a full disk must not stop the heart
-                faulthandler.dump_traceback(file=_STDERR)
+            place = f"rank {beat.rank} has been in {beat.phase.name} for {lasts_s:.0f} s"
+            logger.warning("%s; its threads:\n%s", place, _stacks())
+
+
+def _stacks() -> str:
+    """Of all threads, the main one last: who keeps the end of a log keeps that."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == main)
+    return "".join(f"{names.get(n, n)}:\n{''.join(traceback.format_stack(frame))}" for n, frame in frames)
 
 
 class Heart:

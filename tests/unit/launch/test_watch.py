@@ -211,30 +211,30 @@ def _beat(now: float, since: float, phase: Phase = Phase.FORWARD_BACKWARD) -> Be
     return Beat(rank=3, pid=1, epoch=0, phase=phase, step=8, beat_s=now, progress_s=since, committed=7)
 
 
-def test_threads_are_written_down_once_while_a_phase_lasts(capfd: pytest.CaptureFixture[str]) -> None:
+def test_threads_are_written_down_once_while_a_phase_lasts(caplog: pytest.LogCaptureFixture) -> None:
     witness = StuckWitness(5.0)
     for now in range(100, 106):
         witness.look(_beat(now, 100.0))
-    assert capfd.readouterr().err == ""
+    assert caplog.text == ""
     for now in range(106, 120):
         witness.look(_beat(now, 100.0))
-    written = capfd.readouterr().err
-    assert written.count("test_threads_are_written_down_once_while_a_phase_lasts") == 1
+    (record,) = caplog.records
+    assert "test_threads_are_written_down_once_while_a_phase_lasts" in record.message
 
 
-def test_a_phase_as_long_as_those_before_is_nothing_special(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_phase_as_long_as_those_before_is_nothing_special(caplog: pytest.LogCaptureFixture) -> None:
     witness = StuckWitness(5.0)
     witness.look(_beat(100.0, 100.0))
     witness.look(_beat(130.0, 130.0))  # it took 30 s
-    capfd.readouterr()
+    caplog.clear()
     for now in (150.0, 189.0):
         witness.look(_beat(now, 130.0))
-    assert capfd.readouterr().err == ""
+    assert caplog.text == ""
     witness.look(_beat(191.0, 130.0))
-    assert "test_a_phase_as_long" in capfd.readouterr().err
+    assert "test_a_phase_as_long" in caplog.text
 
 
 @pytest.mark.parametrize("phase", [Phase.IDLE, Phase.PARKED])
-def test_who_has_nothing_to_do_may_take_its_time(phase: Phase, capfd: pytest.CaptureFixture[str]) -> None:
+def test_who_has_nothing_to_do_may_take_its_time(phase: Phase, caplog: pytest.LogCaptureFixture) -> None:
     StuckWitness(5.0).look(_beat(500.0, 100.0, phase))
-    assert capfd.readouterr().err == ""
+    assert caplog.text == ""

@@ -262,7 +262,7 @@ def test_the_heart_of_a_rank_that_hangs_goes_on_and_has_its_stacks_written(
     def on_a_disk_that_hangs(why: str) -> None:
         written.append(why)
         is_writing.set()
-        may_end.wait(_DEADLINE_S)
+        may_end.wait(3 * _DEADLINE_S)  # longer than the test waits for the heart
 
     monkeypatch.setattr(watch, "write_stacks", on_a_disk_that_hangs)
     heart, board = Heart(0.25, StuckWitness(2.0)), _board()

@@ -4,6 +4,7 @@ What links to each other on disk links to each other on the site, since everythi
 """
 
 import ast
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,16 +17,15 @@ from mkdocs.config import load_config
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "build" / "docs"
 FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile")
-FOLDERS = ("docs", "benchmarks", "examples", "recipes")
+FOLDERS = ("docs", "benchmarks", "examples")
 GUIDES = (
-    ("Start", ("first-run", "first-failure", "my-own-model", "cluster", "adapters", "reading-a-report")),
-    ("Use", ("models-and-data", "tracking", "preemption", "fault-injection", "choosing-intervals", "troubleshooting")),
-    ("Move", ("migrating", "optim", "optim-interop")),
-    ("Trust", ("architecture", "assumptions", "complaints", "paper-map", "peer-defects")),
+    ("Use", ("adapters", "fault-injection", "choosing-intervals", "optim", "optim-interop")),
+    ("Trust", ("architecture", "assumptions", "paper-map", "peer-defects")),
 )
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.WARNING)  # else a warning ends the build without a word
     os.chdir(ROOT)
     _gather()
     nav = [{"Holdfast": "README.md"}, *_guides(), *_decisions(), {"Reference": list(_reference())}, *_rest()]
@@ -37,17 +37,17 @@ def _gather() -> None:
     SOURCE.mkdir(parents=True)
     for name in FILES:
         shutil.copy(ROOT / name, SOURCE)
-    for name in filter(lambda name: (ROOT / name).is_dir(), FOLDERS):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, SOURCE / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
 
 
 def _guides() -> Iterator[dict[str, Any]]:
-    """Pages that exist, by what they are for; those that nobody has sorted come last."""
+    """By what they are for; those that nobody has sorted come last."""
     there = {path.stem for path in (SOURCE / "docs").glob("*.md")}
     sorted_in = {name for _, names in GUIDES for name in names}
     for title, names in (*GUIDES, ("More", tuple(sorted(there - sorted_in)))):
-        if pages := [f"docs/{name}.md" for name in names if name in there]:
-            yield {title: pages}
+        if names:
+            yield {title: [f"docs/{name}.md" for name in names]}
 
 
 def _decisions() -> Iterator[dict[str, Any]]:

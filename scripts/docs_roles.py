@@ -13,4 +13,5 @@ class Roles(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value)
+            # L[t][d] is no link either.
+            obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value).replace("][", r"]\[")

@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from holdfast.adapters import create_method
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError
+from holdfast.launch.adapt_choices import Choices
 from holdfast.launch.curriculum import Curriculum, Record
 from holdfast.trainer import corpus
 from holdfast.trainer.adapting import adapted_base
 from holdfast.trainer.config import AdapterConfig, ModelConfig
 from holdfast.trainer.data import Batches
 
-__all__ = ["Windows", "adapter_of", "held_out_windows", "load_model", "training_windows"]
+__all__ = ["Windows", "adapter_of", "choices_of", "held_out_windows", "load_model", "training_windows"]
 
 Windows = Iterator[tuple[Tensor, Tensor]]
 """Tokens and targets, int64 [B, T], of up to ``trainer.micro_batch`` windows at a time."""
@@ -30,6 +32,12 @@ def adapter_of(curriculum: Curriculum, record: Record) -> AdapterConfig:
         base=str(curriculum.brick(record.base)),
         tasks=[str(curriculum.path / task.directory) for task in record.kept],
     )
+
+
+def choices_of(record: Record) -> Choices:
+    """What may act of the tasks that are kept."""
+    method = create_method(record.adapter["method"], record.adapter["options"])
+    return Choices(method, {task.task: task.domain for task in record.kept})
 
 
 def load_model(curriculum: Curriculum, record: Record) -> nn.Module:

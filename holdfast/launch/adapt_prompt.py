@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from holdfast import adapters
 from holdfast.adapters.methods.brainstacks.search import Loss
 from holdfast.errors import ConfigurationError
-from holdfast.launch.adapt_choices import Choices, Shown
-from holdfast.launch.adapt_model import load_model
+from holdfast.launch.adapt_choices import Shown
+from holdfast.launch.adapt_model import choices_of, load_model
 from holdfast.launch.adapt_outcomes import features_of, search
 from holdfast.launch.adapt_router import load_router, weights_of
 from holdfast.launch.curriculum import Curriculum
@@ -67,8 +67,8 @@ class Prompted:
             raise ConfigurationError(f"curriculum {curriculum.name} has learned nothing yet")
         self._name, self._config = curriculum.name, ModelConfig(**record.model)
         self._model = load_model(curriculum, record)
-        self._method = adapters.adapters_of(self._model).method
-        self._choices = Choices(self._method, {task.task: task.domain for task in record.kept})
+        self._choices = choices_of(record)
+        self._method = self._choices.method
         self._router = load_router(curriculum, record, self._model)
 
     def routes(self, text: str) -> str:

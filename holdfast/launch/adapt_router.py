@@ -20,7 +20,7 @@ from holdfast.adapters.tensor_file import decode, encode, write_whole
 from holdfast.configs.schema import RunConfig
 from holdfast.errors import ConfigurationError, ManifestMismatch
 from holdfast.launch.adapt_choices import Choices
-from holdfast.launch.adapt_model import held_out_windows, load_model, training_windows
+from holdfast.launch.adapt_model import choices_of, held_out_windows, load_model, training_windows
 from holdfast.launch.adapt_outcomes import Outcomes
 from holdfast.launch.curriculum import Curriculum, Record
 
@@ -67,7 +67,7 @@ def keep_router(curriculum: Curriculum, record: Record, config: RunConfig) -> st
 
     Raises: ConfigurationError, ManifestMismatch, DataError for files that are not there or damaged; OSError.
     """
-    choices = _choices(record)
+    choices = choices_of(record)
     if not config.adapter.router_prompts or not choices.can_be_routed or len(choices.domains) < 2:
         return ""
     if (curriculum.path / _FILE).exists() and (old := _read(curriculum)).tasks == _lineage(record):
@@ -118,11 +118,6 @@ def weights_of(router: MetaRouter, features_1PH: Tensor, choices: Choices) -> tu
     if not choices.method.acts_apart:
         chosen = sorted(chosen, key=told.__getitem__)[-1:]
     return told, dict.fromkeys(chosen, 1.0)
-
-
-def _choices(record: Record) -> Choices:
-    method = adapters.create_method(record.adapter["method"], record.adapter["options"])
-    return Choices(method, {task.task: task.domain for task in record.kept})
 
 
 def _lineage(record: Record) -> dict[str, str]:

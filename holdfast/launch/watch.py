@@ -12,7 +12,7 @@ from holdfast.errors import Abort
 from holdfast.fault_tolerance.board import Beat, Board
 from holdfast.types import Phase, StepReport
 
-__all__ = ["BoardWatcher", "Heart", "StuckWitness"]
+__all__ = ["BoardWatcher", "Heart", "StuckWitness", "write_stacks"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,7 @@ _LOOK_S = 0.002
 
 
 class StuckWitness:
-    """Writes down, once, where every thread is while a phase lasts unusually long. Whoever hangs is ended in the end,
-    and cannot be asked then; its log has the last word."""
+    """Tells, once, that a phase lasts unusually long. Pure."""
 
     def __init__(self, least_s: float) -> None:
         self._least_s = least_s
@@ -30,8 +29,8 @@ class StuckWitness:
         self._seen: Beat | None = None
         self._has_told = False
 
-    def look(self, beat: Beat) -> None:
-        """Often."""
+    def look(self, beat: Beat) -> str:
+        """Often. Who has been where for how long, the first time that it is too long; else empty."""
         if self._seen is None or beat.progress_s != self._seen.progress_s:
             if self._seen is not None and beat.epoch == self._seen.epoch:
                 self._longest_s = max(self._longest_s, beat.progress_s - self._seen.progress_s)
@@ -39,18 +38,20 @@ class StuckWitness:
         self._seen = beat
         lasts_s = beat.beat_s - beat.progress_s
         is_at_work = beat.phase not in (Phase.IDLE, Phase.PARKED)
-        if is_at_work and not self._has_told and lasts_s > max(self._least_s, 2 * self._longest_s):
-            self._has_told = True
-            place = f"rank {beat.rank} has been in {beat.phase.name} for {lasts_s:.0f} s"
-            logger.warning("%s; its threads:\n%s", place, _stacks())
+        if not is_at_work or self._has_told or lasts_s <= max(self._least_s, 2 * self._longest_s):
+            return ""
+        self._has_told = True
+        return f"rank {beat.rank} has been in {beat.phase.name} for {lasts_s:.0f} s"
 
 
-def _stacks() -> str:
-    """Of all threads, the main one last: who keeps the end of a log keeps that."""
+def write_stacks(why: str) -> None:
+    """Into the log, where every thread is: whoever hangs is ended in the end, and cannot be asked then. The main thread
+    comes last, since who keeps the end of a log keeps that."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == main)
-    return "".join(f"{names.get(n, n)}:\n{''.join(traceback.format_stack(frame))}" for n, frame in frames)
+    stacks = (f"{names.get(n, n)}:\n{''.join(traceback.format_stack(frame))}" for n, frame in frames)
+    logger.warning("%s; its threads:\n%s", why, "".join(stacks))
 
 
 class Heart:
@@ -79,9 +80,12 @@ class Heart:
         while True:
             time.sleep(self._interval_s)
             with self._lock:
-                if self._board is not None and time.monotonic() >= self._silent_until_s:
-                    self._board.beat(time.monotonic())
-                    self._witness.look(self._board.read())
+                if self._board is None or time.monotonic() < self._silent_until_s:
+                    continue
+                self._board.beat(time.monotonic())
+                why = self._witness.look(self._board.read())
+            if why:  # by somebody else: a disk that hangs must not stop the heart
+                threading.Thread(target=write_stacks, args=(why,), name="holdfast-stacks", daemon=True).start()
 
 
 class BoardWatcher:

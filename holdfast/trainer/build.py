@@ -142,22 +142,7 @@ class RankRun:
         )
         self._best = BestState(self._engine, EndRules.of(options.adapter)) if options.adapter.keep_best else None
         self.view = StateView(TrainState(), self._engine, rank=comm.rank, best=self._best)
-        steps = options.trainer.max_steps
-        parts = StepParts(
-            engine=self._engine,
-            comm=comm,
-            snapshots=snapshots,
-            watcher=watcher,
-            learning_rate=lambda step: learning_rate(options.optim, step, steps),
-            snapshot_every=options.snapshot.every_steps,
-            epoch=epoch,
-            rank=comm.rank,
-            note=note,
-            persist_every=options.snapshot.persist_every_steps,
-            max_age_steps=options.snapshot.max_age_steps,
-            judge=self._judge if self._best else None,
-        )
-        self.trainer = Trainer(self.view, parts, self._training, self._goal())
+        self.trainer = Trainer(self.view, self._parts(snapshots, epoch), self._training, self._goal())
 
     def conclude(self) -> Mapping[str, object]:
         """Collective. Evaluate and export; rank 0 returns what the run has to show.
@@ -200,6 +185,23 @@ class RankRun:
     def close(self) -> None:
         """Free the engine; the next epoch builds a new one in this process."""
         self._engine.close()
+
+    def _parts(self, snapshots: Snapshots, epoch: int) -> StepParts:
+        options, steps = self._job.options, self._job.options.trainer.max_steps
+        return StepParts(
+            engine=self._engine,
+            comm=self._comm,
+            snapshots=snapshots,
+            watcher=self._watcher,
+            learning_rate=lambda step: learning_rate(options.optim, step, steps),
+            snapshot_every=options.snapshot.every_steps,
+            epoch=epoch,
+            rank=self._comm.rank,
+            note=self._note,
+            persist_every=options.snapshot.persist_every_steps,
+            max_age_steps=options.snapshot.max_age_steps,
+            judge=self._judge if self._best else None,
+        )
 
     def _goal(self) -> Goal:
         trainer = self._job.options.trainer

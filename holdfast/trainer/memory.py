@@ -16,9 +16,6 @@ def memory_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     try:
         with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) * _PAGE_BYTES
+            return int(file.read().split()[1]) * mmap.PAGESIZE
     except (OSError, IndexError, ValueError):
         return 0
-
-
-_PAGE_BYTES = mmap.PAGESIZE

@@ -211,30 +211,67 @@ def _beat(now: float, since: float, phase: Phase = Phase.FORWARD_BACKWARD) -> Be
     return Beat(rank=3, pid=1, epoch=0, phase=phase, step=8, beat_s=now, progress_s=since, committed=7)
 
 
-def test_threads_are_written_down_once_while_a_phase_lasts(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_phase_is_told_once() -> None:
     witness = StuckWitness(5.0)
-    for now in range(100, 106):
-        witness.look(_beat(now, 100.0))
-    assert caplog.text == ""
-    for now in range(106, 120):
-        witness.look(_beat(now, 100.0))
-    (record,) = caplog.records
-    assert "test_threads_are_written_down_once_while_a_phase_lasts" in record.message
+    told = [witness.look(_beat(now, 100.0)) for now in range(100, 120)]
+    assert [words for words in told if words] == ["rank 3 has been in FORWARD_BACKWARD for 6 s"]
+    assert told[6], "as soon as it is longer than 5 s"
 
 
-def test_a_phase_as_long_as_those_before_is_nothing_special(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_phase_as_long_as_those_before_is_nothing_special() -> None:
     witness = StuckWitness(5.0)
     witness.look(_beat(100.0, 100.0))
     witness.look(_beat(130.0, 130.0))  # it took 30 s
-    caplog.clear()
-    for now in (150.0, 189.0):
-        witness.look(_beat(now, 130.0))
-    assert caplog.text == ""
-    witness.look(_beat(191.0, 130.0))
-    assert "test_a_phase_as_long" in caplog.text
+    assert [bool(witness.look(_beat(now, 130.0))) for now in (150.0, 189.0, 191.0, 200.0)] == [
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("phase", [Phase.IDLE, Phase.PARKED])
-def test_who_has_nothing_to_do_may_take_its_time(phase: Phase, caplog: pytest.LogCaptureFixture) -> None:
-    StuckWitness(5.0).look(_beat(500.0, 100.0, phase))
-    assert caplog.text == ""
+def test_who_has_nothing_to_do_may_take_its_time(phase: Phase) -> None:
+    assert not StuckWitness(5.0).look(_beat(500.0, 100.0, phase))
+
+
+def test_every_thread_is_written_down_and_the_main_one_last(caplog: pytest.LogCaptureFixture) -> None:
+    waits, may_end = threading.Event(), threading.Event()
+
+    def hangs_somewhere() -> None:
+        waits.set()
+        may_end.wait(_DEADLINE_S)
+
+    hanging = threading.Thread(target=hangs_somewhere, name="the-other")
+    hanging.start()
+    assert waits.wait(_DEADLINE_S)
+    watch.write_stacks("rank 3 hangs")
+    may_end.set()
+    hanging.join(_DEADLINE_S)
+    (record,) = caplog.records
+    assert record.message.startswith("rank 3 hangs")
+    other, main = (record.message.rindex(name) for name in ("hangs_somewhere", "test_every_thread_is_written"))
+    assert "the-other:" in record.message and other < main
+
+
+def test_the_heart_of_a_rank_that_hangs_goes_on_and_has_its_stacks_written(
+    time: _Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, is_writing, may_end = list[str](), threading.Event(), threading.Event()
+
+    def on_a_disk_that_hangs(why: str) -> None:
+        written.append(why)
+        is_writing.set()
+        may_end.wait(3 * _DEADLINE_S)  # longer than the test waits for the heart
+
+    monkeypatch.setattr(watch, "write_stacks", on_a_disk_that_hangs)
+    heart, board = Heart(0.25, StuckWitness(2.0)), _board()
+    time.until_asleep()
+    board.enter(Phase.VOTE, 4, 100.0)
+    heart.move_to(board)
+    for _ in range(8):
+        time.tick()
+    assert is_writing.wait(_DEADLINE_S)
+    assert board.read().beat_s == 108.0
+    assert written == ["rank 0 has been in VOTE for 3 s"]
+    may_end.set()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from holdfast.fault_tolerance import elastic, preemption
+from holdfast.fault_tolerance import elastic, homes, preemption
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.incidents import Loss
 from holdfast.fault_tolerance.membership import Worker, WorkerState
@@ -20,6 +20,7 @@ __all__ = [
     "lose_keeper",
     "loss_of",
     "mourn",
+    "reunite",
     "vacate",
     "worker_lost",
     "worker_parked",
@@ -131,6 +132,8 @@ def fault(run: Situation, losses: Sequence[Loss], now: float) -> None:
         if not loss.had_started and elastic.is_excused(run, loss, now):
             loss = replace(loss, joined=-1)
         run.ledger.record(loss, last_step=top_step, now=now)
+        if run.ledger.is_used_up:  # the rest is of no consequence, and must not count beyond the budget
+            break
     if run.stage is Stage.STOP:
         run.stopped(f"{run.stop_reason}; a fault while stopping was not repaired", now)
     elif run.ledger.is_used_up and run.stop_reason:
@@ -155,13 +158,31 @@ def _left_behind(run: Situation, nodes: Collection[int | None], now: float) -> l
         if node not in nodes:
             continue
         why = f"node {node} is to be taken away ({notice.reason}) and moves to another host"
-        for worker in run.crew.left_behind(node, notice.host):
-            losses += [] if worker.rank is None else [loss_of(run, worker, why, now)]
-            discard(run, worker, why)
-        if run.keepers.host_of(node) not in (None, run.crew.host_of(node)):
-            losses += lose_keeper(run, node, why, now)
-            run.act(m.KillKeeper(node, why))
+        losses += _clear(run, node, notice.host, why, now)
     return [replace(loss, is_preemption=True) for loss in losses]
+
+
+def _clear(run: Situation, node: int, host: str, why: str, now: float) -> list[Loss]:
+    """End the node's processes that are not where it is now, and the spares on the host that it leaves, if any."""
+    losses: list[Loss] = []
+    for worker in run.crew.left_behind(node, host):
+        losses += [] if worker.rank is None else [loss_of(run, worker, why, now)]
+        discard(run, worker, why)
+    if run.keepers.host_of(node) not in (None, run.crew.host_of(node)):
+        losses += lose_keeper(run, node, why, now)
+        run.act(m.KillKeeper(node, why))
+    return losses
+
+
+def reunite(run: Situation, now: float) -> None:
+    """Everybody is ready. Where keeper and workers of a node are on different hosts, only those may stay that are
+    where it is now: a survivor from before the node has moved, or what got to its old host meanwhile."""
+    losses: list[Loss] = []
+    for node in homes.separated(run):
+        why = f"node {node} has moved to {run.crew.host_of(node)}, and this process is elsewhere"
+        losses += _clear(run, node, "", why, now)
+    if losses:
+        fault(run, losses, now)
 
 
 def gather(run: Situation, now: float, *, is_planned: bool = False) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +67,7 @@ class KeeperLine:
 
     def has_answer(self) -> bool:
         """Whether :meth:`answer` returns, or raises, at once."""
-        return self.is_busy and (b"\n" in self._rest or bool(select.select([self._line], [], [], 0)[0]))
+        return self.is_busy and (b"\n" in self._rest or bool(wait([self._line], 0)))
 
     def answer(self, deadline_s: float) -> object:
         """What the open question was answered with. Raises: SnapshotError if the answer is an error, or none comes."""
@@ -87,7 +87,7 @@ class KeeperLine:
         """As far as can be seen without asking: its end of the line is open."""
         if self._is_dead:
             return False
-        return self.is_busy or not select.select([self._line], [], [], 0)[0]
+        return self.is_busy or not wait([self._line], 0)
 
     def leave(self) -> None:
         """Let go; the keeper waits for the next owner."""

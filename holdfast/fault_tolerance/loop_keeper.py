@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
 import socket
 import struct
 import sys
@@ -20,6 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 from holdfast.clock import SystemClock
@@ -65,7 +65,7 @@ class _Owner:
 
     @property
     def is_there(self) -> bool:
-        has_died = self._pidfd >= 0 and bool(select.select([self._pidfd], [], [], 0)[0])
+        has_died = self._pidfd >= 0 and bool(wait([self._pidfd], 0))
         return not (self._left or has_died)
 
     def leave(self) -> None:
@@ -100,7 +100,7 @@ class _LoopKeeper:
         """Until the owner says so, or nobody has owned this for as long as the lease."""
         deserted_s = time.monotonic()
         while not self._is_ended.is_set() and time.monotonic() - deserted_s < self._lease_s:
-            if select.select([self._listener], [], [], _LOOK_S)[0]:
+            if wait([self._listener], _LOOK_S):
                 line, _ = self._listener.accept()
                 threading.Thread(target=self._serve, args=(line,), daemon=True).start()
             if self._is_owned:

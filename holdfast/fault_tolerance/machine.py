@@ -22,10 +22,10 @@ from enum import Enum
 from typing import Any
 
 from holdfast.errors import InvariantViolation
-from holdfast.fault_tolerance import deadlines, elastic, faults, preemption, regroup, stopping
+from holdfast.fault_tolerance import deadlines, elastic, faults, homes, preemption, regroup, stopping
 from holdfast.fault_tolerance import messages as m
 from holdfast.fault_tolerance.config import RecoveryConfig
-from holdfast.fault_tolerance.membership import Layout, WorkerState
+from holdfast.fault_tolerance.membership import Layout
 from holdfast.fault_tolerance.situation import Situation, Stage
 
 __all__ = ["Layout", "State", "Supervisor"]
@@ -133,8 +133,14 @@ def _advance(run: Situation, now: float) -> None:
     if run.stage in (Stage.RUN, Stage.GROW, Stage.MOVE, Stage.STOP):
         _follow_progress(run, now)
         _go_on_if_all_have_left(run, now)
-    if run.stage is Stage.GATHER and run.crew.is_ready and not run.keepers.waiting:
+    if _is_complete(run):
+        faults.reunite(run, now)
+    if _is_complete(run):
         regroup.take_inventory(run, now)
+
+
+def _is_complete(run: Situation) -> bool:
+    return run.stage is Stage.GATHER and run.crew.is_ready and not run.keepers.waiting
 
 
 def _follow_progress(run: Situation, now: float) -> None:
@@ -173,23 +179,6 @@ def _go_on_if_all_have_left(run: Situation, now: float) -> None:
         run.stopped(run.stop_reason, now)
 
 
-def _worker_ready(run: Situation, message: m.WorkerReady, now: float) -> None:
-    worker = run.crew.get(message.worker)
-    if worker is not None and worker.state is WorkerState.STARTING:
-        worker.pid = message.pid
-        worker.rest(None, now)
-
-
-def _keeper_ready(run: Situation, message: m.KeeperReady, now: float) -> None:
-    run.keepers.ready(message.node)
-    run.silent_nodes.discard(message.node)
-
-
-def _node_moved(run: Situation, message: m.NodeMoved, now: float) -> None:
-    run.crew.move(message.node, message.host)
-    preemption.moved(run, message.node, message.host)
-
-
 def _beats(run: Situation, message: m.Beats, now: float) -> None:
     run.beats = message.beats
     if run.watch is not None:
@@ -223,13 +212,13 @@ _STATES: Mapping[Stage, State] = {
 
 # Each handler takes its own kind of message, which a mapping cannot express: hence Any.
 _HANDLERS: Mapping[type[m.Message], Callable[[Situation, Any, float], None]] = {
-    m.WorkerReady: _worker_ready,
+    m.WorkerReady: homes.worker_ready,
     m.WorkerLost: faults.worker_lost,
     m.WorkerParked: faults.worker_parked,
-    m.KeeperReady: _keeper_ready,
+    m.KeeperReady: homes.keeper_ready,
     m.KeeperLost: faults.keeper_lost,
     m.NodeDraining: preemption.noticed,
-    m.NodeMoved: _node_moved,
+    m.NodeMoved: homes.node_moved,
     m.InventoryTaken: regroup.inventory_taken,
     m.CheckpointLoaded: regroup.checkpoint_loaded,
     m.CheckpointRefused: regroup.checkpoint_refused,

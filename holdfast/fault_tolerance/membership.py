@@ -138,6 +138,8 @@ class Crew:
         self._workers: dict[int, Worker] = {}
         self._seats: list[Worker | None] = [None] * layout.world
         self._hosts = list(layout.hosts)
+        self._known_s = [-math.inf] * layout.nodes
+        """Since when what is started for a node has got to its host, as far as is known."""
         self._moved: set[int] = set()
         self._next = 0
 
@@ -150,10 +152,14 @@ class Crew:
             if seated is not None:
                 seated.rank = rank
 
-    def move(self, node: int, host: str) -> None:
-        """Who is started for ``node`` from now on is on ``host``; who lives on the old one stays there."""
-        self._hosts[node] = host
+    def move(self, node: int, host: str, since_s: float) -> bool:
+        """Who is started for ``node`` after ``since_s`` is on ``host``; who lives on the old one stays there. False
+        for old news."""
+        if not 0 <= node < len(self._hosts) or host == self._hosts[node] or since_s < self._known_s[node]:
+            return False
+        self._hosts[node], self._known_s[node] = host, since_s
         self._moved.add(node)
+        return True
 
     @property
     def crowded(self) -> list[int]:
@@ -245,10 +251,14 @@ class Crew:
         """Where what is started for the node gets to."""
         return self._hosts[node]
 
+    def of_node(self, node: int) -> list[Worker]:
+        """Those that have one of its seats."""
+        seated = [self._seats[seat] for seat in self._seats_of(node)]
+        return [worker for worker in seated if worker is not None]
+
     def left_behind(self, node: int, host: str) -> list[Worker]:
         """Workers of a node that are not where it is now, and the spares on a host that it leaves."""
-        seated = [self._seats[seat] for seat in self._seats_of(node)]
-        elsewhere = [worker for worker in seated if worker is not None and worker.host != self._hosts[node]]
+        elsewhere = [worker for worker in self.of_node(node) if worker.host != self._hosts[node]]
         return elsewhere + [spare for spare in self.spares if spare.host == host != self._hosts[node]]
 
     def _seats_of(self, node: int) -> range:
@@ -278,6 +288,8 @@ def _waits(worker: Worker | None) -> bool:
 @dataclass(slots=True)
 class _Keeper:
     is_ready: bool
+    since_s: float
+    """When it was started."""
     deadline_s: float
     incident: int
     host: str
@@ -308,10 +320,19 @@ class Keepers:
         keeper = self._by_node[node]
         return keeper is not None and keeper.is_ready
 
-    def ready(self, node: int) -> None:
+    def ready(self, node: int) -> float | None:
+        """It answers: when it was started, None if there is no such keeper."""
         keeper = self._by_node[node] if 0 <= node < len(self._by_node) else None
-        if keeper is not None:
-            keeper.is_ready, keeper.deadline_s = True, math.inf
+        if keeper is None:
+            return None
+        keeper.is_ready, keeper.deadline_s = True, math.inf
+        return keeper.since_s
+
+    def found_on(self, node: int, host: str) -> None:
+        """It is not where it was expected."""
+        keeper = self._by_node[node]
+        assert keeper is not None, "it has just answered"
+        keeper.host = host
 
     def lose(self, node: int) -> int | None:
         """Forget the keeper of ``node``: the number of incidents when it was started, None if there was none."""
@@ -332,7 +353,7 @@ class Keepers:
         """Start a keeper on each of these nodes that has none."""
         missing = [node for node in nodes if self._by_node[node] is None]
         for node in missing:
-            self._by_node[node] = _Keeper(False, now + self._start_timeout_s, incident, host_of(node))
+            self._by_node[node] = _Keeper(False, now, now + self._start_timeout_s, incident, host_of(node))
         return [StartKeeper(node) for node in missing]
 
     def overdue(self, now: float) -> list[int]:

@@ -123,6 +123,8 @@ class WorkerReady(Message):
     worker: int
     node: int
     pid: int
+    host: str = ""
+    """Where it has got to; empty for where it was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,8 @@ class KeeperReady(Message):
     """A started keeper answers."""
 
     node: int
+    host: str = ""
+    """Where it has got to; empty for where it was expected."""
 
 
 @dataclass(frozen=True, slots=True)

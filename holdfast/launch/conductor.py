@@ -292,15 +292,15 @@ class Conductor:
         self._crew.start_worker(
             action.worker,
             action.node,
-            ready=lambda pid: self._tell(m.WorkerReady(action.worker, action.node, pid)),
+            ready=lambda pid, host: self._tell(m.WorkerReady(action.worker, action.node, pid, host)),
             failed=lambda error: self._worker_gone(action.worker, error),
         )
 
     def _start_keeper(self, action: m.StartKeeper) -> None:
-        def ready(address: str) -> None:
+        def ready(address: str, host: str) -> None:
             self._protection.reached_at(action.node, address)
             self._striker.arm_keeper(action.node)
-            self._tell(m.KeeperReady(action.node))
+            self._tell(m.KeeperReady(action.node, host))
 
         self._crew.start_keeper(action.node, ready=ready, failed=lambda error: self._keeper_gone(action.node, error))
 

@@ -67,16 +67,16 @@ class Crew:
     # -- workers --------------------------------------------------------------------------------------------------
 
     def start_worker(
-        self, worker: int, node: int, *, ready: Callable[[int], None], failed: Callable[[str], None]
+        self, worker: int, node: int, *, ready: Callable[[int, str], None], failed: Callable[[str], None]
     ) -> None:
-        """``ready`` gets its pid."""
+        """``ready`` gets its pid and host."""
         target = worker_address(worker)
 
         def then(answer: Completion) -> None:
             if answer.error is None:
                 pid = int(cast(Mapping[str, Any], answer.result)["pid"])
                 self._living[worker] = (node, pid)
-                ready(pid)
+                ready(pid, self._fleet.host_of(target))
             else:
                 self._kill(target)
                 failed(answer.error)
@@ -104,8 +104,8 @@ class Crew:
 
     # -- keepers --------------------------------------------------------------------------------------------------
 
-    def start_keeper(self, node: int, *, ready: Callable[[str], None], failed: Callable[[str], None]) -> None:
-        """``ready`` gets the address where other keepers reach it. Neither is called once the keeper has gone."""
+    def start_keeper(self, node: int, *, ready: Callable[[str, str], None], failed: Callable[[str], None]) -> None:
+        """``ready`` gets the address where other keepers reach it, and its host. Neither is called once it has gone."""
         target = keeper_address(node)
         self._kill(target)  # one that has not become ready in time
         call = self._fleet.start(target, node, {**self._specs.keeper, "node": node})
@@ -116,7 +116,7 @@ class Crew:
                 return
             if answer.error is None:
                 self.keepers.add(node)
-                ready(cast(Mapping[str, Any], answer.result)["address"])
+                ready(cast(Mapping[str, Any], answer.result)["address"], self._fleet.host_of(target))
             else:
                 failed(answer.error)
 

@@ -104,6 +104,10 @@ class Fleet(Protocol):
 
     def poll(self, timeout_s: float) -> list[Report]: ...
 
+    def host_of(self, target: Address) -> str:
+        """Name of the machine that a living process is on, as in ``hosts``."""
+        ...
+
     def kill(self, target: Address) -> None:
         """SIGKILL; no Lost is reported for it. Unknown targets are ignored."""
         ...

@@ -144,6 +144,9 @@ class ProcessFleet:
     def hosts(self, nodes: int) -> Sequence[str]:
         return ("localhost",) * nodes
 
+    def host_of(self, target: Address) -> str:
+        return "localhost"
+
     def draining(self) -> Mapping[int, Draining]:
         return {}
 

@@ -206,6 +206,9 @@ class RayFleet:
     def hosts(self, nodes: int) -> Sequence[str]:
         return [home.name for home in self._nodes.homes[:nodes]]
 
+    def host_of(self, target: Address) -> str:
+        return self._processes[target].home.name
+
     def draining(self) -> Mapping[int, Draining]:
         return self._notices
 

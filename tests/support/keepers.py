@@ -80,6 +80,9 @@ class LocalFleet:
     def hosts(self, nodes: int) -> Sequence[str]:
         return ("localhost",) * nodes
 
+    def host_of(self, target: Address) -> str:
+        return "localhost"
+
     def start(self, target: Address, node: int, spec: Mapping[str, object]) -> int:
         return self.call(target, "ready")
 

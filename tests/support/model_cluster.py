@@ -161,9 +161,9 @@ class ModelCluster:
             self._gone.add(message.worker)
         elif isinstance(message, m.KeeperLost):
             self.keepers[message.node].is_known_dead = True
-        elif isinstance(message, m.InventoryTaken):
+        elif isinstance(message, m.InventoryTaken) and message.epoch == self._fenced:  # otherwise it is old news
             self._offered = message
-        elif isinstance(message, m.CheckpointLoaded):
+        elif isinstance(message, m.CheckpointLoaded) and message.epoch == self._fenced:
             self._loaded = message
         was_over = self.finish is not None
         actions = self.supervisor.handle(message, self.now)
@@ -369,20 +369,27 @@ class ModelCluster:
         if action.node in self.gone:
             self.kill(worker, "there is no such node")
             return
-        self._later(m.WorkerReady(action.worker, action.node, 1000 + action.worker))
+        self._later(m.WorkerReady(action.worker, action.node, 1000 + action.worker, worker.host))
 
     def _start_keeper(self, action: m.StartKeeper) -> None:
-        self.keepers[action.node] = Keeper(action.node, self.hosts[action.node])
+        self._forget_keeper_news(action.node)
+        self.keepers[action.node] = keeper = Keeper(action.node, self.hosts[action.node])
         for rank in [r for r in self.boards if r in self.roster.ranks_of(action.node)]:
             del self.boards[rank]
         if action.node in self.gone:
             self.kill_keeper(action.node)
             return
-        self._later(m.KeeperReady(action.node))
+        self._later(m.KeeperReady(action.node, keeper.host))
 
     def _kill_keeper(self, action: m.KillKeeper) -> None:
         keeper = self.keepers[action.node]
         keeper.is_alive, keeper.is_known_dead = False, True
+        self._forget_keeper_news(action.node)
+
+    def _forget_keeper_news(self, node: int) -> None:
+        """The executor tells nothing of a keeper that it has killed or replaced."""
+        old = [n for n in self.pending if isinstance(n, m.KeeperReady | m.KeeperLost) and n.node == node]
+        self.pending = [news for news in self.pending if news not in old]
 
     def _persist(self, action: m.Persist) -> None:
         step = self.persist()

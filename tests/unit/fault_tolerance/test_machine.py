@@ -354,12 +354,37 @@ def test_a_node_that_has_moved_takes_the_spare_of_its_new_host_and_leaves_those_
     assert [mb.worker for mb in story.machine.members] == [0, 3, 4]
 
 
+def test_a_keeper_that_got_to_another_host_than_its_worker_draws_the_worker_after_it() -> None:
+    """The node moves between the order to start the keeper and the news of that."""
+    story = Story(spares=0, hosts=("a", "b", "c")).running()
+    story.tell(m.KeeperLost(1, "killed by SIGKILL")).survivors_leave(0, 1, 2)
+    story.tell(m.KeeperReady(1, "d"))
+    assert [(a.worker, a.reason) for a in story.ordered(m.KillWorker)] == [
+        (1, "node 1 has moved to d, and this process is elsewhere")
+    ]
+    assert story.ordered(m.StartWorker) == [m.StartWorker(3, 1)]
+    assert not story.ordered(m.TakeInventory)
+    story.tell(m.WorkerReady(3, 1, 903, "d"))
+    assert [mb.worker for mb in story.of(m.TakeInventory)[-1].members] == [0, 3, 2]
+    assert story.machine.faults == 1, "who has to follow is no fault of its own"
+
+
+def test_news_of_a_move_is_newer_than_what_was_started_before_it() -> None:
+    story = Story(spares=0, hosts=("a", "b", "c")).running()
+    story.tell(m.KeeperLost(1, "killed by SIGKILL")).survivors_leave(0, 1, 2)
+    story.after(1.0, m.NodeMoved(1, "e")).tell(m.KeeperReady(1, "d"))
+    assert story.ordered(m.StartKeeper) == [m.StartKeeper(1)], "neither d nor b is where the node is now"
+    assert story.ordered(m.StartWorker) == [m.StartWorker(3, 1)]
+    story.tell(m.KeeperReady(1, "e"), m.WorkerReady(3, 1, 903, "e"))
+    assert [mb.worker for mb in story.of(m.TakeInventory)[-1].members] == [0, 3, 2]
+
+
 def test_protection_stays_reduced_while_a_node_shares_the_host_it_has_moved_to() -> None:
     story = Story(spares=0, hosts=("a", "b", "c"), has_parity=True).running()
     for host in ("a", "d"):
         story.tell(m.NodeMoved(1, host), story.killed(story.machine.members[1].worker)).survivors_leave(0, 2)
         new = story.of(m.StartWorker)[-1]
-        story.tell(m.WorkerReady(new.worker, 1, 900 + new.worker)).inventory(7)
+        story.tell(m.WorkerReady(new.worker, 1, 900 + new.worker), m.KeeperReady(1)).inventory(7)
         story.tell(m.Protected(story.machine.epoch, 8)).after(1.0).all_at(8)
     reduced, full = [p for p in story.events(Protection) if p.level != "degraded"]
     assert (reduced.level, full.level) == ("reduced", "full")

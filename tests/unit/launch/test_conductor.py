@@ -87,6 +87,7 @@ class _Fleet:
         """The next answer of a process to a method is this error."""
         self.alive: set[Address] = set()
         self.homes = ["here"] * _WORLD
+        self._host_of: dict[Address, str] = {}
         self.notices: dict[int, Draining] = {}
         self.notes: list[dict[str, Any]] = []
         """What rank 0 has to tell besides steps."""
@@ -106,6 +107,9 @@ class _Fleet:
     def hosts(self, nodes: int) -> Sequence[str]:
         return tuple(self.homes[:nodes])
 
+    def host_of(self, target: Address) -> str:
+        return self._host_of[target]
+
     def draining(self) -> Mapping[int, Draining]:
         return self.notices
 
@@ -114,6 +118,7 @@ class _Fleet:
         json.dumps(dict(spec))
         self.log.append(("start", target))
         self.alive.add(target)
+        self._host_of[target] = self.homes[node]
         if target.role is Role.KEEPER:
             self._admitted.discard(node)
             self._reports[node] = []

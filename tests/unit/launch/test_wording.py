@@ -130,6 +130,7 @@ def test_the_events_without_words_are_those_that_other_words_tell() -> None:
         e.StagesMeasured(7, {"1": 0.25}),
         e.StageRebuilt(2, 7, "checkfree", [1, 3], 0.25, 4096),
         e.StepLeftOut(7, "loss=nan at step 7 is not finite", 6),
+        e.RankLate(2, "forward_backward", 7, 12.5),
         e.PreemptionNoticed(1, "ab12", 30.0, "Ray drains it"),
         e.StopRequested("SIGINT received"),
         e.WorldChanged(3, 3, 2, "node 1 did not come back"),

@@ -389,7 +389,7 @@ class ModelCluster:
     def _forget_keeper_news(self, node: int) -> None:
         """The executor tells nothing of a keeper that it has killed or replaced."""
         old = [n for n in self.pending if isinstance(n, m.KeeperReady | m.KeeperLost) and n.node == node]
-        self.pending = [news for news in self.pending if news not in old]
+        self.pending[:] = [news for news in self.pending if news not in old]
 
     def _persist(self, action: m.Persist) -> None:
         step = self.persist()

@@ -17,10 +17,12 @@ from mkdocs.config import load_config
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "build" / "docs"
 FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile")
-FOLDERS = ("docs", "benchmarks", "examples")
+FOLDERS = ("docs", "benchmarks", "examples", "recipes")
 GUIDES = (
-    ("Use", ("adapters", "fault-injection", "choosing-intervals", "optim", "optim-interop")),
-    ("Trust", ("architecture", "assumptions", "paper-map", "peer-defects")),
+    ("Start", ("first-run", "first-failure", "models-and-data", "cluster", "adapters", "reading-a-report")),
+    ("Use", ("tracking", "preemption", "fault-injection", "choosing-intervals", "troubleshooting")),
+    ("Move", ("migrating", "optim", "optim-interop")),
+    ("Trust", ("architecture", "assumptions", "complaints", "paper-map", "peer-defects")),
 )
 
 

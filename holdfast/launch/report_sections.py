@@ -93,6 +93,9 @@ def _outcome(view: RunView) -> str:
 
 
 def _model(config: Mapping[str, object]) -> str:
+    kind = config.get("model.kind", "DECODER")
+    if kind != "DECODER":
+        return f"{str(kind).lower()}: {_named(config, 'model.path', 'model.init', 'model.options')}"
     named = {name: config[f"model.{name}"] for name in _MODEL_FIELDS if f"model.{name}" in config}
     try:
         count = f"{parameter_count(ModelConfig(**named)) / 1e6:.2f} M parameters; "  # type: ignore[arg-type]  # from yaml
@@ -102,7 +105,8 @@ def _model(config: Mapping[str, object]) -> str:
     return f"{name}: {count}{', '.join(f'{key} {value}' for key, value in named.items())}"
 
 
-_MODEL_FIELDS = tuple(field.name for field in fields(ModelConfig))
+_MODEL_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("kind", "path", "init", "options"))
+"""What describes the built-in decoder."""
 
 
 def _layout(config: Mapping[str, object]) -> str:
@@ -122,7 +126,7 @@ def _layout(config: Mapping[str, object]) -> str:
 
 def _named(config: Mapping[str, object], *keys: str) -> str:
     """Options as one would give them."""
-    return ", ".join(f"{key}={config[key]}" for key in keys if config.get(key) not in (None, ""))
+    return ", ".join(f"{key}={config[key]}" for key in keys if config.get(key) not in (None, "", {}))
 
 
 def _attempt(view: RunView, index: int) -> str:

@@ -166,6 +166,7 @@ def test_a_full_disk_costs_checkpoints_and_a_damaged_one_is_not_believed(
     assert _losses(result.run_dir) == undisturbed.losses
 
 
+@pytest.mark.slow
 def test_a_driver_that_dies_on_purpose_is_continued_and_not_struck_again(
     tmp_path: Path, corpus: Path, undisturbed: Outcome
 ) -> None:

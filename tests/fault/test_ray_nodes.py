@@ -367,6 +367,7 @@ def test_zones_are_the_labels_of_the_ray_nodes(ray_nodes: RayCluster) -> None:
     assert zones.items() <= ray_nodes.zones.items()
 
 
+@pytest.mark.slow
 def test_what_no_ray_node_has_room_for_waits_until_one_is_added(ray_nodes: RayCluster) -> None:
     ray_nodes.add("room", gpus=1)
     keeper, told = Address(Role.KEEPER, 0), list[Report]()

@@ -115,6 +115,7 @@ def test_neighbours_that_are_lost_together_are_not_averaged_and_the_reason_is_to
     assert any("lost with it" in reason for reason in last["rejected"])
 
 
+@pytest.mark.slow
 def test_a_rebuilt_stage_has_its_own_steps_and_rate_also_after_it_was_restored_exactly(
     tmp_path: Path, corpus: Path
 ) -> None:

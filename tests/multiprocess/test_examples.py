@@ -59,7 +59,7 @@ def test_fsdp2_resumes_with_the_same_bits() -> None:
     assert there == here
 
 
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["1", pytest.param("2", marks=pytest.mark.slow), "3"])
 def test_deepspeed_shards_the_state(stage: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(_WITHOUT_COMPILING)

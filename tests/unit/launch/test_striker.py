@@ -72,10 +72,10 @@ class _Struck:
 
     def _start_all(self, world: int) -> None:
         for node in range(_NODES):
-            self.crew.start_keeper(node, ready=lambda _: None, failed=pytest.fail)
+            self.crew.start_keeper(node, ready=lambda *_: None, failed=pytest.fail)
         for worker in range(world + 1):
             node = min(worker // _PER_NODE, _NODES - 1)
-            self.crew.start_worker(worker, node, ready=lambda _: None, failed=pytest.fail)
+            self.crew.start_worker(worker, node, ready=lambda *_: None, failed=pytest.fail)
         for report in self.crew.poll(0.0):
             assert isinstance(report, Completion)
             self.calls.complete(report)

@@ -59,6 +59,8 @@ class Watched:
     """The end of the job's log, as far as it is over."""
     why: str = ""
     """Why nobody watches any more, in words."""
+    is_forgotten: bool = False
+    """The server has known the job and does not any more: its head was started anew."""
 
 
 def follow_job(
@@ -67,7 +69,7 @@ def follow_job(
     """Show the log of a job until the job is over.
 
     The first Ctrl-C stops the job and waits for it to save itself, the second leaves it alone with that. A server that
-    does not answer is asked again for ``patience_s``.
+    does not answer is asked again for ``patience_s``. Raises: ConfigurationError if it has never known the job.
     """
     log = _Log(jobs, submission_id)
     log.start()
@@ -78,6 +80,8 @@ def follow_job(
             if state is None:
                 return Watched(None, "", f"the job server has not answered for {patience_s:g} s")
             return Watched(state, log.finish())
+        except _Forgotten:
+            return Watched(None, "", "the job server has forgotten the job, as after a restart of its head", True)
         except KeyboardInterrupt:
             if is_stopping:
                 return Watched(None, "", "a second Ctrl-C; the job goes on stopping")
@@ -92,12 +96,22 @@ def exit_code_in(log: str) -> int | None:
     return int(found[-1]) if found else None
 
 
+class _Forgotten(Exception):
+    """A job that the server has known is unknown to it."""
+
+
 def _until_over(jobs: JobServer, submission_id: str, patience_s: float, poll_s: float) -> JobState | None:
     """The state of the job once it is over; None when the server has been silent for too long."""
     silent_since: float | None = None
+    was_known = False
     while True:
         try:
             state = jobs.state(submission_id)
+            was_known = True
+        except ConfigurationError as error:
+            if was_known:
+                raise _Forgotten from error
+            raise
         except ConnectionError as error:
             now = time.monotonic()
             if silent_since is None:

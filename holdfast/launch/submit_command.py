@@ -151,6 +151,9 @@ def _look_after(args: argparse.Namespace, job: Sequence[str], address: str) -> i
 
 def _watch(jobs: RayJobs, address: str, submission_id: str) -> int:
     watched = follow_job(jobs, submission_id)
+    if watched.is_forgotten:
+        _tell(f"{submission_id}: {watched.why}; a run that was not finished goes on with the same command")
+        return 1
     if watched.state is None:
         _tell(f"{watched.why}; {_attach(address, submission_id)}")
         return _DETACHED

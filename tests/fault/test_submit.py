@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -130,6 +131,28 @@ def test_a_killed_driver_loses_nothing_that_its_keepers_hold(jobs: Jobs, undistu
     assert [attempt["ray_job"] for attempt in sound_record(run)["attempts"]] == [f"{run.name}-a1", f"{run.name}-a2"]
     assert steps_of(run, 1) + steps_of(run, 2) == list(range(1, _STEPS + 1)), "no step is lost, and none made twice"
     assert "have outlived its driver" in events_of(run, "run_started")[1]["resume"]
+    assert outcome_of(undisturbed.run_dir).differences(outcome_of(run)) == []
+
+
+def test_a_run_goes_on_from_its_checkpoint_on_a_head_that_was_started_anew(
+    tmp_path: Path, corpus: Path, undisturbed: Result
+) -> None:
+    """All nodes are gone at once, and with them keepers, driver and whatever the job server knew."""
+    config = tiny_config(tmp_path, corpus, steps=_STEPS, nodes=2, spares=0)
+    config.snapshot.persist_every_steps = 4
+    with ray_cluster() as running, contextlib.closing(Jobs(running, tmp_path, config)) as jobs:
+        first = jobs.submit()
+        run = jobs.await_step(_STRUCK_AT + 4, attempt=1)
+        until(lambda: bool(list((run / "checkpoints").glob("step-*"))), "a checkpoint", _DEADLINE_S)
+        running.close()
+        running.start()
+        code, said = first.end()
+        assert code == 1 and "has forgotten the job" in said, said
+
+        code, said = jobs.submit().end()
+        assert code == 0, said
+    assert "outlived" not in events_of(run, "run_started")[1]["resume"], "nothing is left in memory"
+    assert steps_of(run, 2)[0] > 4
     assert outcome_of(undisturbed.run_dir).differences(outcome_of(run)) == []
 
 

@@ -26,14 +26,13 @@ _TRIES = 6
 
 
 class RayCluster:
-    """``environment`` is that of its nodes and of whoever submits to it."""
+    """``environment`` is for whoever submits to it; its nodes have a mark in theirs, too."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._mark = folder, uuid.uuid4().hex
         self._gcs, self._dashboard = _free_port(), _free_port()
         self.environment = {
             **os.environ,
-            _MARK: self._mark,
             "PYTHONPATH": str(_REPOSITORY),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
@@ -57,11 +56,12 @@ class RayCluster:
         own = [f"--{name}={_free_port()}" for name in (*ports, "runtime-env-agent-port")]
         common = ["--num-cpus=4", "--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0"]
         command = [str(Path(sys.executable).with_name("ray")), "start", *words, *own, *common]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=_START_S)
+        environment = {**self.environment, _MARK: self._mark}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_START_S)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def processes(self, word: str = "") -> list[psutil.Process]:
-        """Whatever was started in this environment, with ``word`` in its command line."""
+        """Whatever its nodes have started, with ``word`` in its command line."""
         return [process for process in psutil.process_iter() if self._is_ours(process) and word in _line(process)]
 
     def driver(self) -> psutil.Process:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from holdfast.errors import ConfigurationError
 from holdfast.launch import follow_job as module
 from holdfast.launch.follow_job import exit_code_in, follow_job
 
@@ -82,6 +83,14 @@ def test_a_server_that_goes_away_is_asked_again_and_given_up_in_the_end(capsys: 
     assert capsys.readouterr().err.count("does not answer") == 2, "once for each time it goes away"
     away = follow_job(Server([gone]), "j", poll_s=0.001, patience_s=0.02)
     assert away.state is None and "0.02 s" in away.why
+
+
+def test_a_job_that_the_server_no_longer_knows_is_not_one_that_never_was() -> None:
+    unknown = ConfigurationError("Job j does not exist")
+    watched = follow_job(Server([_RUNNING, ConnectionError("refused"), unknown]), "j", poll_s=0.001)
+    assert watched.state is None and watched.is_forgotten
+    with pytest.raises(ConfigurationError, match="does not exist"):
+        follow_job(Server([unknown]), "j", poll_s=0.001)
 
 
 def test_the_first_ctrl_c_stops_the_job_and_waits_the_second_leaves_it_alone() -> None:

@@ -1,4 +1,4 @@
-"""A fleet of Ray actors; the only door to ray.
+"""A fleet of Ray actors; the door to Ray clusters, as ``ray_jobs`` is that to their job server.
 
 Starts a private Ray on this host or joins a running cluster. The keeper and the workers of a virtual node are pinned to
 one Ray node, because they share memory, and move together when it no longer answers: Ray's own verdict comes too late.

@@ -23,9 +23,9 @@ def write_peft(model: nn.Module, config: ModelConfig, directory: Path) -> None:
 
 
 def _renamed(model: nn.Module, config: ModelConfig) -> nn.Module:
-    """The same adapters on a LLaMA that has shapes only."""
+    """The same adapters on a LLaMA whose own weights nobody reads."""
     ours = adapters.adapters_of(model)
-    theirs = shapes(llama_config(llama_sizes(config)))
+    theirs = shapes(llama_config(llama_sizes(config))).to_empty(device="cpu")  # adapters live where their base does
     names = {name: portable_name(name) for name in ours.layers}
     injected = adapters.inject(theirs, ours.method, exactly(list(names.values())))
     for name, layer in ours.layers.items():

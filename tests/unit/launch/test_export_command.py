@@ -134,6 +134,7 @@ def _adapter_run(root: Path, method: str, model: ModelConfig = _TINY) -> tuple[R
     return run, finished
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers in the old way
 def test_a_lora_opens_in_peft_on_the_exported_base(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
     run, ours = _adapter_run(tmp_path, "lora")

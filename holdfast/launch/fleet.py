@@ -105,7 +105,8 @@ class Fleet(Protocol):
     def poll(self, timeout_s: float) -> list[Report]: ...
 
     def host_of(self, target: Address) -> str:
-        """Name of the machine that a living process is on, as in ``hosts``."""
+        """Name of the machine that a process is on, as in ``hosts``; "" of one that has gone, whose last answers may come
+        later than that."""
         ...
 
     def kill(self, target: Address) -> None:

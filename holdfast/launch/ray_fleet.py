@@ -207,7 +207,8 @@ class RayFleet:
         return [home.name for home in self._nodes.homes[:nodes]]
 
     def host_of(self, target: Address) -> str:
-        return self._processes[target].home.name
+        process = self._processes.get(target)
+        return "" if process is None else process.home.name
 
     def draining(self) -> Mapping[int, Draining]:
         return self._notices

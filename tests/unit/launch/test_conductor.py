@@ -108,7 +108,7 @@ class _Fleet:
         return tuple(self.homes[:nodes])
 
     def host_of(self, target: Address) -> str:
-        return self._host_of[target]
+        return self._host_of[target] if target in self.alive else ""
 
     def draining(self) -> Mapping[int, Draining]:
         return self.notices

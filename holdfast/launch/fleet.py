@@ -105,7 +105,7 @@ class Fleet(Protocol):
     def poll(self, timeout_s: float) -> list[Report]: ...
 
     def host_of(self, target: Address) -> str:
-        """Name of the machine that a process is on, as in ``hosts``; "" of one that has gone, whose last answers may come
+        """Name of the machine that a process is on, as in ``hosts``; "" of one that has gone: its last answers may come
         later than that."""
         ...
 

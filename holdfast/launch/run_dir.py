@@ -83,7 +83,6 @@ class RunDir:
                 "project": project,
                 "config_digest": config_digest,
                 "created": clock(),
-                "wandb_id": None,
                 "ended": None,
                 "attempts": [],
             }
@@ -203,10 +202,6 @@ class RunDir:
         ended |= {"world": world, "findings": dict(findings or {})}
         *before, last = record["attempts"]
         self._write({**record, "ended": ended, "attempts": [*before, {**last, "ended": ended}]})
-
-    def note(self, **facts: object) -> None:
-        """Add top-level entries to ``run.json``, for example ``wandb_id``."""
-        self._write({**self.record(), **facts})
 
     def _write(self, record: Record) -> None:
         self._files.write(_RECORD, [json.dumps(record, indent=1).encode() + b"\n"])

@@ -57,7 +57,6 @@ def test_a_new_run_has_its_places_and_a_record_that_nobody_has_worked_on_yet(tmp
         "project": "project",
         "config_digest": _DIGEST,
         "created": 1001.0,
-        "wandb_id": None,
         "ended": None,
         "attempts": [],
     }
@@ -113,9 +112,7 @@ def test_a_file_in_the_way_is_an_error_of_the_user(tmp_path: Path) -> None:
 
 def test_opening_gives_the_run_with_all_it_knows(tmp_path: Path) -> None:
     made = _create(tmp_path)
-    made.note(wandb_id="w1")
     assert RunDir.open(str(tmp_path), "project", "run1").record() == made.record()
-    assert made.record()["wandb_id"] == "w1"
 
 
 def test_a_run_that_does_not_exist_cannot_be_opened(tmp_path: Path) -> None:

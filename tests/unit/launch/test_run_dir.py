@@ -321,7 +321,7 @@ def test_runs_that_are_passed_over_are_told_with_the_reason_newest_first(tmp_pat
     runs = _runs(tmp_path, finished=4000.0, newer=5000.0, driven=6000.0, older=500.0)
     _begin(runs["finished"])
     runs["finished"].end_attempt("finished", 0, step=300)
-    runs["newer"].note(format_version=2)
+    runs["newer"]._write({**runs["newer"].record(), "format_version": 2})
     (tmp_path / "project" / "notes.txt").write_text("no run")
     (tmp_path / "project" / "empty").mkdir()
     with runs["driven"].lock():

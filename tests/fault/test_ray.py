@@ -99,6 +99,7 @@ def _await_step(root: Path, step: int) -> Path:
     return next(root.glob("*/*/metrics.jsonl")).parent
 
 
+@pytest.mark.slow
 def test_joined_cluster_keeps_running_and_the_detached_keepers_leave_after_their_lease(
     tmp_path: Path, corpus: Path, cluster: str, undisturbed: Result
 ) -> None:

@@ -243,6 +243,7 @@ def start(ray_nodes: RayCluster) -> Iterator[Starter]:
     assert _gone(ray_nodes.actors())
 
 
+@pytest.mark.slow
 def test_killed_node_is_rebuilt_from_parity_on_another(
     tmp_path: Path, corpus: Path, ray_nodes: RayCluster, undisturbed: Callable[[int], Path], start: Starter
 ) -> None:

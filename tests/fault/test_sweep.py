@@ -113,11 +113,25 @@ _ONE_NODE = _worker(1, "step.after_backward", 5, "worker 1", "keeper 1")
 @pytest.mark.parametrize(
     ("strikes", "parity", "source"),
     [
-        pytest.param([_worker(1, "step.begin", 5, "worker 0", "worker 2")], 1, MEMORY, id="two workers"),
-        pytest.param([_worker(1, "step.begin", 5, "worker 0", "keeper 2")], 1, MEMORY, id="worker, keeper elsewhere"),
+        pytest.param(
+            [_worker(1, "step.begin", 5, "worker 0", "worker 2")], 1, MEMORY, id="two workers", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            [_worker(1, "step.begin", 5, "worker 0", "keeper 2")],
+            1,
+            MEMORY,
+            id="worker, keeper elsewhere",
+            marks=pytest.mark.slow,
+        ),
         pytest.param([_keeper(2, "keeper.mid_encode", "keeper 0", "keeper 1")], 1, MEMORY, id="two keepers"),
         pytest.param([_ONE_NODE], 1, PARITY, id="a node"),
-        pytest.param([_ONE_NODE, _worker(0, "recovery.before_restore", 0)], 1, PARITY, id="a node, then a worker"),
+        pytest.param(
+            [_ONE_NODE, _worker(0, "recovery.before_restore", 0)],
+            1,
+            PARITY,
+            id="a node, then a worker",
+            marks=pytest.mark.slow,
+        ),
         pytest.param([_ONE_NODE, _worker(1, "recovery.after_join", 0)], 1, PARITY, id="a node, then its new worker"),
         pytest.param([_ONE_NODE, _keeper(1, REBUILD)], 1, PARITY, id="a node, then its new keeper in the rebuild"),
         pytest.param([_ONE_NODE, _keeper(0, EXAMINE)], 2, PARITY, id="a node, then a keeper it is rebuilt from, m=2"),

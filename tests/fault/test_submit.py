@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -80,8 +81,8 @@ class Jobs:
         self._words = options_of(replace(config, root=str(root / "runs"), resume="auto", launch=launch))
         (root / "runs").mkdir()
 
-    def submit(self) -> Submission:
-        return self._begin(["--", "train", *self._words])
+    def submit(self, *options: str) -> Submission:
+        return self._begin([*options, "--", "train", *self._words])
 
     def look_after(self, *words: str) -> Submission:
         return self._begin(words)
@@ -154,6 +155,29 @@ def test_a_run_goes_on_from_its_checkpoint_on_a_head_that_was_started_anew(
     assert "outlived" not in events_of(run, "run_started")[1]["resume"], "nothing is left in memory"
     assert steps_of(run, 2)[0] > 4
     assert outcome_of(undisturbed.run_dir).differences(outcome_of(run)) == []
+
+
+def test_a_job_that_nobody_follows_is_stopped_by_its_name(jobs: Jobs) -> None:
+    code, said = jobs.submit("--no-wait").end()
+    assert code == 0, said
+    run = jobs.await_step(_STRUCK_AT, attempt=1)
+    code, said = jobs.look_after("--stop", f"{run.name}-a1").end()
+    assert code == 75, said
+    assert sound_record(run)["ended"]["step"] >= _STRUCK_AT
+
+
+def test_doctor_asks_every_node_of_the_cluster(cluster: RayCluster, tmp_path: Path) -> None:
+    words = [
+        f"launch.address={cluster.gcs}",
+        "launch.kind=LOCAL",
+        "launch.nodes=2",
+        f"root={tmp_path}",
+        "trainer.global_batch=16",
+    ]
+    command = [sys.executable, "-m", "holdfast", "doctor", *words]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=_DEADLINE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(set(re.findall(r"Ray node (\w{8}) at", done.stdout))) == 2, done.stdout
 
 
 def test_ctrl_c_stops_the_job_after_saving_and_the_same_command_goes_on(jobs: Jobs, undisturbed: Result) -> None:

@@ -160,7 +160,8 @@ class KeeperReady(Message):
 
 @dataclass(frozen=True, slots=True)
 class NodeMoved(Message):
-    """What is started for ``node`` from now on gets to another host, because the one it was on does not answer."""
+    """What is started for ``node`` from now on gets to another host, because the one it was on does not answer or
+    will be taken away."""
 
     node: int
     host: str

@@ -84,7 +84,7 @@ def _short(stage: int) -> list[Cells]:
 
 
 def _cells() -> Iterator[Any]:
-    """A run with ZeRO 2 stands for all that are not slow."""
+    """In the quick part one stage stands for all of them."""
     for cells in (cells for stage in STAGES for cells in _short(stage)):
         is_slow = cells.stage != _QUICK_STAGE
         yield pytest.param(cells, id=str(cells), marks=[pytest.mark.slow] if is_slow else [])
